@@ -1,0 +1,93 @@
+# Coffer. `make` alone lists what there is.
+#
+# Every target does its own set-up: dependencies come from requirements.lock into a virtual environment, again whenever the
+# lock or pyproject.toml changed. Another Python: `make test PYTHON=python3.13` makes the environment anew.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+PORT ?= 3001
+DATA ?= .coffer
+# What `make test` hands to pytest: make test TESTS="tests/quota -k race"
+TESTS ?=
+# Debian packages that tests run: strace shows the order of system calls, curl runs the tour of the README.
+TEST_PACKAGES := curl strace
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+# The lock's sets build on each other: each is the file's text up to the end of its section.
+RUNNING := $(VENV)/.embedded-$(notdir $(PYTHON))
+DEVELOPING := $(VENV)/.development-$(notdir $(PYTHON))
+
+##@ Using Coffer
+
+.PHONY: run
+run: $(RUNNING)  ## start everything and print the first upload's commands (PORT=3001 DATA=.coffer)
+	@exec $(RUN) -m ops.run start --port "$(PORT)" --data "$(DATA)"
+
+.PHONY: stop
+stop:  ## stop what `make run` started (DATA=.coffer)
+	@if [[ -x $(RUN) ]]; then exec $(RUN) -m ops.run stop --data "$(DATA)"; else echo "coffer: nothing was ever started here"; fi
+
+##@ Working on Coffer
+
+.PHONY: test
+test: $(DEVELOPING) test-packages  ## run all tests (TESTS="tests/quota -k race" for some)
+	@$(RUN) -m pytest $(TESTS)
+
+.PHONY: check
+check: $(DEVELOPING)  ## lint, formatting, types, arrows between the rooms
+	@$(RUN) -m ruff check
+	@$(RUN) -m ruff format --check
+	@$(RUN) -m mypy
+	@$(RUN) $(VENV)/bin/lint-imports --no-logo --no-cache
+
+.PHONY: format
+format: $(DEVELOPING)  ## rewrite the code in the house's format
+	@$(RUN) -m ruff check --fix-only --quiet
+	@$(RUN) -m ruff format
+
+.PHONY: bench
+bench: $(DEVELOPING)  ## measure the speed, as ratios within one session
+	@$(RUN) -m tests.bench
+
+##@ Set-up
+
+.PHONY: venv
+venv: $(DEVELOPING)  ## only make the virtual environment, with every dependency
+
+.PHONY: lock
+lock: $(DEVELOPING)  ## resolve the dependencies anew into requirements.lock
+	@$(RUN) -m ops.lock
+
+.PHONY: clean
+clean:  ## remove what can be made again; data in DATA stays
+	@rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	@find server ops tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: help
+help:
+	@awk 'BEGIN { FS = ":.*  ## " } /^##@ / { print "\n" substr($$0, 5) } /^[a-z-]+:.*  ## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+.PHONY: test-packages
+test-packages:
+	@missing=; for package in $(TEST_PACKAGES); do command -v $$package >/dev/null || missing+=" $$package"; done; \
+	if [[ -z $$missing ]]; then exit; fi; \
+	if [[ $$(id -u) == 0 ]] && command -v apt-get >/dev/null; then \
+		echo "coffer: installing for the tests:$$missing"; \
+		{ apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $$missing; } >/dev/null; \
+	else echo "coffer: the tests need these Debian packages:$$missing" >&2; exit 1; fi
+
+$(VENV)/.%-$(notdir $(PYTHON)): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else "coffer: this needs Python 3.11 to 3.13; name one with PYTHON=")'
+	@version='import sys; print(sys.version)'; \
+	if ! $(RUN) -m pip --version >/dev/null 2>&1 || [[ $$($(RUN) -c "$$version") != "$$($(PYTHON) -c "$$version")" ]]; then \
+		echo "coffer: making a virtual environment in $(VENV)"; $(PYTHON) -m venv --clear $(VENV); fi
+	@echo "coffer: installing the locked dependencies ($*); the first time takes a minute"
+	@awk '/^# set: / { if (last) exit; last = $$3 == "$*" } { print }' requirements.lock >$(VENV)/$*.txt
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --require-hashes -r $(VENV)/$*.txt
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
