@@ -1,0 +1,1 @@
+"""Coffer, a self-hosted media storage server. The map of its rooms is in README.md."""

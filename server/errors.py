@@ -1,0 +1,249 @@
+"""What can go wrong, in words that stay stable for clients.
+
+A domain error has a `code` that never changes once released, a `title` for people, and typed fields. It knows
+nothing of HTTP: each door maps errors to its own protocol in one table (`server/api/problems.py` for JSON).
+Anything that is not a `CofferError` is a defect and is answered with a fixed sentence.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+
+@dataclass(slots=True, eq=False)
+class CofferError(Exception):
+    """Base of every expected failure. Subclasses declare `code`, `title` and their fields."""
+
+    code: ClassVar[str] = "internal"
+    title: ClassVar[str] = "Something went wrong on our side."
+
+    def __str__(self) -> str:
+        """The sentence for people; the code and fields are for programs."""
+        return self.title
+
+    def extra(self) -> dict[str, Any]:
+        """The typed fields, as they appear beside `code` in an answer."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+# Who is asking
+
+
+@dataclass(slots=True, eq=False)
+class Unauthenticated(CofferError):
+    """No credentials, or credentials that are unknown, malformed, revoked or expired. Which one is not told."""
+
+    code = "unauthenticated"
+    title = "This request needs valid credentials."
+
+
+@dataclass(slots=True, eq=False)
+class Forbidden(CofferError):
+    """The credentials are good but lack the scope."""
+
+    code = "forbidden"
+    title = "These credentials may not do this."
+    needed_scope: str
+
+
+# What is asked
+
+
+@dataclass(slots=True, eq=False)
+class InvalidRequest(CofferError):
+    """A parameter, header or body that cannot be accepted; `reason` says which and why, in plain words."""
+
+    code = "invalid_request"
+    title = "The request is not valid."
+    field: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.reason}"
+
+
+@dataclass(slots=True, eq=False)
+class NotFound(CofferError):
+    """The thing does not exist, or belongs to somebody else: the answers are the same (P4)."""
+
+    code = "not_found"
+    title = "There is no such thing here."
+
+
+@dataclass(slots=True, eq=False)
+class PreconditionFailed(CofferError):
+    """`If-Match` or `If-Unmodified-Since` does not hold for the current bytes."""
+
+    code = "precondition_failed"
+    title = "The file has changed since you last saw it."
+
+
+@dataclass(slots=True, eq=False)
+class RangeNotSatisfiable(CofferError):
+    """The range lies beyond the end."""
+
+    code = "range_not_satisfiable"
+    title = "The requested range lies beyond the end of the file."
+    size_bytes: int
+
+
+@dataclass(slots=True, eq=False)
+class SortNotAvailable(CofferError):
+    """The combination of filter and sort has no index, so it is not offered."""
+
+    code = "sort_not_available"
+    title = "This filter cannot be combined with this sort."
+    filter: str
+    sort: str
+
+
+# Bytes
+
+
+@dataclass(slots=True, eq=False)
+class QuotaExceeded(CofferError):
+    """`used_bytes` includes what is reserved by uploads under way."""
+
+    code = "quota_exceeded"
+    title = "The user's storage quota has no room for this."
+    used_bytes: int
+    limit_bytes: int
+    needed_bytes: int
+
+
+@dataclass(slots=True, eq=False)
+class FileTooLarge(CofferError):
+    code = "file_too_large"
+    title = "The file is larger than a single file may be."
+    limit_bytes: int
+
+
+@dataclass(slots=True, eq=False)
+class UnsupportedType(CofferError):
+    """The bytes are of no type that this server stores. `detected` is what they look like, if anything."""
+
+    code = "unsupported_type"
+    title = "Files of this type are not stored here."
+    detected: str | None
+    allowed: list[str]
+
+
+@dataclass(slots=True, eq=False)
+class TypeMismatch(CofferError):
+    """The bytes are fine for another kind, but not for the declared one."""
+
+    code = "type_mismatch"
+    title = "The file's bytes are not of the declared type."
+    declared: str
+    detected: str | None
+
+
+@dataclass(slots=True, eq=False)
+class KindRequired(CofferError):
+    """The bytes fit several kinds (JSON and zip serve scenes and projects), and none was declared."""
+
+    code = "kind_required"
+    title = "This file fits several types; say which with `type`."
+    choices: list[str]
+
+
+@dataclass(slots=True, eq=False)
+class DigestMismatch(CofferError):
+    """The received bytes do not have the digest that the client sent. Nothing was stored."""
+
+    code = "digest_mismatch"
+    title = "The received bytes do not match the digest sent with them."
+    algorithm: str
+
+
+@dataclass(slots=True, eq=False)
+class IncompleteBody(CofferError):
+    """The body ended before its declared length, or the client went away. Nothing was stored."""
+
+    code = "incomplete_body"
+    title = "The upload ended before all of its bytes arrived."
+
+
+@dataclass(slots=True, eq=False)
+class Damaged(CofferError):
+    """The row exists but its bytes are gone or wrong; a sysadmin must restore them."""
+
+    code = "damaged"
+    title = "The stored bytes of this file are damaged or missing."
+
+
+# Repeats
+
+
+@dataclass(slots=True, eq=False)
+class IdempotencyInProgress(CofferError):
+    """Another request with the same key is still uploading."""
+
+    code = "idempotency_in_progress"
+    title = "A request with this Idempotency-Key is still under way."
+
+
+@dataclass(slots=True, eq=False)
+class IdempotencyKeyReused(CofferError):
+    code = "idempotency_key_reused"
+    title = "This Idempotency-Key was used for a different upload."
+
+
+@dataclass(slots=True, eq=False)
+class Conflict(CofferError):
+    """Another request changed the same thing first; asking again is safe."""
+
+    code = "conflict"
+    title = "Another request changed this at the same moment."
+
+
+@dataclass(slots=True, eq=False)
+class UserErasing(CofferError):
+    code = "user_erasing"
+    title = "This user is being deleted."
+
+
+# The machine
+
+
+@dataclass(slots=True, eq=False)
+class VolumeFull(CofferError):
+    code = "volume_full"
+    title = "The storage volume has no room left."
+
+
+@dataclass(slots=True, eq=False)
+class VolumeUnavailable(CofferError):
+    """No volume, or its sentinel is missing or wrong (unmounted?). Nothing was written."""
+
+    code = "volume_unavailable"
+    title = "The storage volume is not available."
+
+
+@dataclass(slots=True, eq=False)
+class VolumeReadOnly(CofferError):
+    """The file system is read-only, or an I/O error made us stop writing until a sysadmin acts."""
+
+    code = "volume_read_only"
+    title = "The storage volume does not accept writes."
+
+
+@dataclass(slots=True, eq=False)
+class DatabaseUnavailable(CofferError):
+    code = "database_unavailable"
+    title = "The database is not available."
+
+
+@dataclass(slots=True, eq=False)
+class CommitUnknown(CofferError):
+    """The connection broke while committing: the write may or may not have happened.
+
+    The bytes stay. Repeating with the same Idempotency-Key, or the audit, settles it.
+    """
+
+    code = "commit_unknown"
+    title = "The database connection broke while committing; the outcome is not known yet."
+
+
+@dataclass(slots=True, eq=False)
+class InternalError(CofferError):
+    """A defect. Details are in the log under the request id, never in an answer."""

@@ -1,0 +1,155 @@
+"""Every setting of Coffer, read once from the environment into one frozen object.
+
+A setting's variable is `COFFER_` and its name in capitals (`COFFER_PORT`); `DATABASE_URL` is also read under its
+usual name. A secret may come as a file instead: `COFFER_DATABASE_URL_FILE=/path`, or a systemd credential called
+`database_url`. `coffer config` prints all of them with their sources.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+KIB, MIB, GIB = 2**10, 2**20, 2**30
+
+
+class SettingError(ValueError):
+    """A setting is missing or cannot be understood. The message names the variable and the remedy."""
+
+
+def _whole(text: str) -> int:
+    return int(text.replace("_", ""))
+
+
+def _optional_whole(text: str) -> int | None:
+    return None if text.strip().lower() in {"", "auto", "none", "unlimited"} else _whole(text)
+
+
+def _boolean(text: str) -> bool:
+    try:
+        return {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}[
+            text.strip().lower()
+        ]
+    except KeyError:
+        raise ValueError("say true or false") from None
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word for word in text.replace(",", " ").split())
+
+
+def setting(default: Any, meaning: str, *, read: Callable[[str], Any] = str, at_least: int | None = None, secret: bool = False) -> Any:
+    """Declares one setting: its default (once), what it means with its unit, how its text is read, its lower bound."""
+    return field(default=default, metadata={"meaning": meaning, "read": read, "at_least": at_least, "secret": secret})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """All settings. Built by `Settings.load`; tests build it directly."""
+
+    database_url: str = setting("", "PostgreSQL 15 to 18 to use (postgresql://user:password@host:port/name). Required.", secret=True)
+    database_connections: int = setting(10, "Connections that each server process keeps at most.", read=_whole, at_least=2)
+
+    host: str = setting("127.0.0.1", "Address to listen on. Put nginx in front before you change it.")
+    port: int = setting(3001, "TCP port to listen on; 0 picks a free one.", read=_whole, at_least=0)
+    processes: int = setting(1, "Server processes. One serves one core; the state is all in PostgreSQL.", read=_whole, at_least=1)
+    log_level: str = setting("info", "Least severe level that is logged: debug, info, warning, error.")
+
+    default_quota_bytes: int | None = setting(
+        10 * GIB, "Quota in bytes of a user seen for the first time; `unlimited` for none.", read=_optional_whole, at_least=0
+    )
+    max_file_bytes: int = setting(2 * GIB, "Largest single file, in bytes.", read=_whole, at_least=1)
+    volume_reserve_bytes: int | None = setting(
+        None, "Free bytes that uploads leave on a volume; `auto` is the larger of 1 % and 1 GiB.", read=_optional_whole, at_least=0
+    )
+    max_list_page: int = setting(200, "Most files that one page of a list may hold.", read=_whole, at_least=1)
+
+    types_video: tuple[str, ...] = setting((), "MIME types accepted as video; empty means all that Coffer knows.", read=_words)
+    types_image: tuple[str, ...] = setting((), "MIME types accepted as image; empty means all that Coffer knows.", read=_words)
+    types_scene: tuple[str, ...] = setting((), "MIME types accepted as scene; empty means all that Coffer knows.", read=_words)
+    types_project: tuple[str, ...] = setting((), "MIME types accepted as project; empty means all that Coffer knows.", read=_words)
+    types_audio: tuple[str, ...] = setting((), "MIME types accepted as audio; empty means all that Coffer knows.", read=_words)
+
+    buffered_body_bytes: int = setting(
+        1 * MIB, "Uploads up to this many bytes wait in memory and charge the quota at the commit alone.", read=_whole, at_least=0
+    )
+    buffered_total_bytes: int = setting(
+        64 * MIB,
+        "Bytes that all buffered uploads of a process may hold together; past it they go to disk at once.",
+        read=_whole,
+        at_least=0,
+    )
+    reservation_step_bytes: int = setting(64 * MIB, "Step by which an upload of undeclared length reserves quota.", read=_whole, at_least=1)
+    reservation_lease_seconds: int = setting(
+        120,
+        "How long a reservation outlives the process that renews it. A crashed upload's quota returns after this.",
+        read=_whole,
+        at_least=5,
+    )
+    idempotency_wait_seconds: int = setting(
+        30, "How long a repeated request waits for the first one with its Idempotency-Key.", read=_whole, at_least=0
+    )
+    leftover_age_seconds: int = setting(
+        86_400, "Age at which a file in incoming/ that no upload claims is removed.", read=_whole, at_least=60
+    )
+    api_key_cache_seconds: int = setting(
+        3,
+        "How long a server process trusts an API key it has just checked: the longest a revoked key still works.",
+        read=_whole,
+        at_least=0,
+    )
+    schema_documentation: bool = setting(True, "Serve the OpenAPI description and its page at /schema.", read=_boolean)
+
+    @classmethod
+    def load(cls, environment: Mapping[str, str] | None = None) -> "Settings":
+        """Reads the environment; raises `SettingError` naming the first variable that is wrong or missing."""
+        values = {name: value for name, (value, _) in read_with_sources(os.environ if environment is None else environment).items()}
+        settings = cls(**values)
+        if not settings.database_url:
+            raise SettingError(
+                "DATABASE_URL is not set: Coffer keeps its rows in PostgreSQL, e.g. postgresql://coffer:secret@127.0.0.1/coffer"
+            )
+        return settings
+
+
+def variable(name: str) -> str:
+    """The environment variable of a setting."""
+    return f"COFFER_{name.upper()}"
+
+
+def read_with_sources(environment: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
+    """Every setting's value and where it came from; for `Settings.load` and `coffer config`."""
+    found: dict[str, tuple[Any, str]] = {}
+    for each in fields(Settings):
+        text, source = _text_of(each.name, bool(each.metadata["secret"]), environment)
+        if text is None:
+            found[each.name] = (each.default, "default")
+            continue
+        try:
+            value = each.metadata["read"](text)
+        except ValueError as problem:
+            raise SettingError(f"{source}: {problem}") from None
+        at_least = each.metadata["at_least"]
+        if at_least is not None and value is not None and value < at_least:
+            raise SettingError(f"{source}: must be at least {at_least}")
+        found[each.name] = (value, source)
+    return found
+
+
+def _text_of(name: str, secret: bool, environment: Mapping[str, str]) -> tuple[str | None, str]:
+    names = [variable(name)] + (["DATABASE_URL"] if name == "database_url" else [])
+    for source in names:
+        if source in environment:
+            return environment[source], source
+    if secret:
+        places = [(f"{source}_FILE", environment[f"{source}_FILE"]) for source in names if f"{source}_FILE" in environment]
+        if "CREDENTIALS_DIRECTORY" in environment:
+            credential = Path(environment["CREDENTIALS_DIRECTORY"]) / name
+            places += [(f"credential {name}", str(credential))] if credential.exists() else []
+        for source, path in places:
+            try:
+                return Path(path).read_text().strip(), source
+            except OSError as problem:
+                raise SettingError(f"{source}: cannot read {path}: {problem.strerror}") from None
+    return None, "default"
