@@ -1,0 +1,78 @@
+-- Files: publish, replace, read, change, delete. {file} stands for the columns of server.ledger.models.File.
+
+-- name: publish_file
+-- Ends the reservation if there is one, then inserts the file and its event. The insert reads the count of released rows, so the
+-- reservation's bytes are back before the file is charged: its trigger is queued first.
+with released as (
+    delete from uploads where id = $1 and user_id = $2 returning id
+), published as (
+    insert into user_files (id, user_id, file_name, file_type, mime_type, file_size, sha256, volume_id, file_path, generation,
+                            package_name, tags, metadata, idempotency_key)
+    select $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14 from (select count(*) from released) first (released)
+    where first.released >= 0
+    returning *
+), noted as (
+    insert into events (user_id, type, file_id, payload)
+    select user_id, 'file.created', id,
+           jsonb_build_object('file_name', file_name, 'file_type', file_type, 'mime_type', mime_type, 'file_size', file_size)
+      from published
+)
+select {file} from published;
+
+-- name: replace_content
+-- Ends the reservation, then points the row at other bytes if it still has the generation that the caller saw. The trigger leaves a
+-- tombstone for the old bytes. Also tells whether the file exists at all.
+with released as (
+    delete from uploads where id = $4 and user_id = $1 returning id
+), replaced as (
+    update user_files f
+       set mime_type = $5, file_size = $6, sha256 = $7, volume_id = $8, file_path = $9, generation = $10,
+           thumbnail_path = null, resolution = null, width = null, height = null, duration = null, duration_seconds = null,
+           content_changed_at = clock_timestamp(), updated_at = clock_timestamp()
+      from (select count(*) from released) first (released)
+     where first.released >= 0 and f.user_id = $1 and f.id = $2 and f.generation = $3
+    returning f.*
+), noted as (
+    insert into events (user_id, type, file_id, payload)
+    select user_id, 'file.replaced', id,
+           jsonb_build_object('file_name', file_name, 'file_type', file_type, 'mime_type', mime_type, 'file_size', file_size)
+      from replaced
+)
+select {file} from replaced;
+
+-- name: get_file
+-- One file of one user.
+select {file} from user_files where user_id = $1 and id = $2;
+
+-- name: find_file_by_idempotency_key
+-- The file that an earlier request with this key published.
+select {file} from user_files where user_id = $1 and idempotency_key = $2;
+
+-- name: find_file_anywhere
+-- One file, whoever owns it.
+select {file} from user_files where id = $1;
+
+-- name: update_file
+-- Sets those of name, package and metadata whose flag is true.
+update user_files
+   set file_name = case when $3 then $4 else file_name end,
+       package_name = case when $5 then $6 else package_name end,
+       metadata = case when $7 then $8 else metadata end,
+       updated_at = clock_timestamp()
+ where user_id = $1 and id = $2
+returning {file};
+
+-- name: set_favorite
+-- Sets the flag; null turns it over.
+update user_files
+   set is_favorite = coalesce($3, not is_favorite), updated_at = clock_timestamp()
+ where user_id = $1 and id = $2
+returning {file};
+
+-- name: set_tags
+-- Replaces the tags.
+update user_files set tags = $3, updated_at = clock_timestamp() where user_id = $1 and id = $2 returning {file};
+
+-- name: delete_files
+-- Deletes those of the ids that are the user's; one row per tombstone.
+select file_id, tombstone_id, volume_id, file_path from delete_files_v1($1, $2);

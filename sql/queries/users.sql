@@ -1,0 +1,59 @@
+-- Users: quota, usage, erasure. {user} stands for the columns of server.ledger.models.User.
+
+-- name: get_user
+-- One user.
+select {user} from user_storage where user_id = $1;
+
+-- name: ensure_user
+-- Adds a user seen for the first time; gives an existing one a volume if it has none.
+insert into user_storage as u (user_id, max_bytes, volume_id) values ($1, $2, $3)
+on conflict (user_id) do update set volume_id = coalesce(u.volume_id, excluded.volume_id)
+returning {user};
+
+-- name: list_users
+-- A page of users after the given id.
+select {user} from user_storage where user_id > $1 order by user_id limit $2;
+
+-- name: set_quota
+-- Sets the quota of a user, who is added if unknown.
+insert into user_storage as u (user_id, max_bytes, volume_id) values ($1, $2, $3)
+on conflict (user_id) do update
+   set max_bytes = excluded.max_bytes, volume_id = coalesce(u.volume_id, excluded.volume_id), updated_at = clock_timestamp()
+returning {user};
+
+-- name: usage_by_type
+-- Files and bytes per type.
+select file_type, sum(file_count)::bigint as file_count, sum(total_bytes)::bigint as total_bytes
+  from user_storage_by_type where user_id = $1 group by file_type having sum(file_count) > 0;
+
+-- name: begin_erasing
+-- From its commit on, the triggers admit nothing new for the user.
+update user_storage set erasing_at = coalesce(erasing_at, clock_timestamp()), updated_at = clock_timestamp()
+ where user_id = $1 returning {user};
+
+-- name: erase_batch
+-- Deletes some of the files of a user who is being erased.
+select d.file_id, d.tombstone_id, d.volume_id, d.file_path
+  from delete_files_v1($1, array(
+           select f.id from user_files f join user_storage u using (user_id)
+            where f.user_id = $1 and u.erasing_at is not null order by f.upload_date, f.id limit $2)) d;
+
+-- name: erase_events
+-- Deletes some of a user's events and tells how many.
+with gone as (delete from events where id in (select id from events where user_id = $1 order by id limit $2) returning 1)
+select count(*) from gone;
+
+-- name: erase_usage
+-- Deletes some of a user's history of usage and tells how many.
+with gone as (delete from usage_ledger where id in (select id from usage_ledger where user_id = $1 order by id limit $2) returning 1)
+select count(*) from gone;
+
+-- name: finish_erasing
+-- Deletes the user, uploads under way included, unless files are left.
+delete from user_storage u
+ where u.user_id = $1 and u.erasing_at is not null and not exists (select from user_files f where f.user_id = u.user_id)
+returning u.user_id;
+
+-- name: users_being_erased
+-- Users whose erasure has begun and not ended.
+select user_id from user_storage where erasing_at is not null order by user_id;
