@@ -1,0 +1,182 @@
+"""The connection pool, and what PostgreSQL's failures mean to the rest of the house.
+
+Every statement runs alone, in its own transaction: a write is one round trip, and either happened or did not.
+"""
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+import asyncpg
+
+from server.errors import (
+    CofferError,
+    CommitUnknown,
+    Conflict,
+    DatabaseUnavailable,
+    IdempotencyInProgress,
+    InvalidRequest,
+    NotFound,
+    QuotaExceeded,
+    UserErasing,
+)
+from server.settings import Settings
+
+Row = asyncpg.Record
+
+CONNECT_SECONDS = 2.0
+"""How long a call waits for a connection: it must be answered within 3 s when the database is gone."""
+PATIENCE_SECONDS = 2.8
+"""How long a call waits in all, for what a request does."""
+LONG_PATIENCE_SECONDS = 60.0
+"""The same for what touches up to thousands of rows."""
+TRIES = 3
+"""How often a statement is tried that PostgreSQL undid because of a deadlock or a lost race."""
+
+_SESSION = {
+    "application_name": "coffer",
+    # Whoever waits longer for a lock is told that nothing happened, instead of leaving a statement behind that happens later.
+    "lock_timeout": "2s",
+    # Every statement of ours reads an index range in its order. A plan made while a table was small is kept by the connection;
+    # these make sure that it is the plan that a table of millions of rows needs. (Where nothing else works, they are used still.)
+    "enable_seqscan": "off",
+    "enable_bitmapscan": "off",
+    "enable_sort": "off",
+    # The settings above make estimated costs huge, which would have every plan compiled.
+    "jit": "off",
+}
+
+_CONSTRAINTS: dict[str, Callable[[], CofferError]] = {
+    "user_files_pkey": Conflict,
+    "user_files_idempotency_key": Conflict,
+    "user_files_owner": NotFound,
+    "uploads_pkey": Conflict,
+    "uploads_idempotency_key": IdempotencyInProgress,
+    "uploads_owner": NotFound,
+}
+
+_LOST = ("08", "57P01", "57P02", "57P03")
+"""The connection ended, so the answer to a write is lost."""
+_REFUSED = ("25006", "53", "55P03", "57014", "58")
+"""Read-only, out of some resource, waited too long for a lock, cancelled, I/O error: the statement did not happen."""
+_RETRY = ("40001", "40P01")
+
+
+class _Connection(asyncpg.Connection):
+    def get_reset_query(self) -> str:
+        # We leave nothing behind in a session that needs resetting, and the reset costs as much as a lookup.
+        return ""
+
+
+class Database:
+    """PostgreSQL, as this process reaches it. Opening never fails because PostgreSQL is down, and a restart of it heals by itself."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._pool: asyncpg.Pool[Row] | None = None
+
+    async def open(self) -> None:
+        """Prepares the pool; the first statement connects."""
+        self._pool = await asyncpg.create_pool(
+            self._settings.database_url,
+            min_size=0,
+            max_size=self._settings.database_connections,
+            connection_class=_Connection,
+            timeout=CONNECT_SECONDS,
+            statement_cache_size=256,
+            max_cached_statement_lifetime=0,
+            server_settings=_SESSION,
+        )
+
+    async def close(self) -> None:
+        """Waits a moment for statements under way, then closes every connection."""
+        if self._pool is not None:
+            try:
+                await asyncio.wait_for(self._pool.close(), PATIENCE_SECONDS)
+            except TimeoutError:
+                self._pool.terminate()
+            self._pool = None
+
+    async def check(self) -> None:
+        """One cheap round trip. Raises `DatabaseUnavailable`."""
+        await self.read("select 1")
+
+    async def read(self, sql: str, *args: Any) -> list[Row]:
+        """Runs a statement that changes nothing. Raises `DatabaseUnavailable`; a lost connection is tried once more."""
+        return await self._run(sql, args, writes=False, patience=PATIENCE_SECONDS)
+
+    async def write(self, sql: str, *args: Any, patience: float = PATIENCE_SECONDS) -> list[Row]:
+        """Runs a statement that changes rows and commits.
+
+        Raises the domain error that a trigger or a constraint stands for, `DatabaseUnavailable` when nothing happened,
+        and `CommitUnknown` when the connection was lost, or `patience` (seconds) ran out, after the statement was sent.
+        """
+        return await self._run(sql, args, writes=True, patience=patience)
+
+    async def _run(self, sql: str, args: tuple[Any, ...], *, writes: bool, patience: float) -> list[Row]:
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + patience
+        tries = 0
+        while True:
+            tries += 1
+            connection = await self._acquire()
+            try:
+                return await connection.fetch(sql, *args, timeout=max(0.1, deadline - clock()))
+            except asyncpg.PostgresError as problem:
+                state = problem.sqlstate or ""
+                if state in _RETRY and tries < TRIES:
+                    continue
+                if state.startswith(_LOST):
+                    connection.terminate()
+                    if writes:
+                        raise CommitUnknown from problem
+                    if tries == 1:
+                        continue
+                meaning = _meaning(problem, state)
+                if meaning is None:
+                    raise
+                raise meaning from problem
+            except (TimeoutError, OSError) as problem:
+                # Do not wait for the cancellation of a statement that a frozen server may never answer.
+                connection.terminate()
+                raise (CommitUnknown if writes else DatabaseUnavailable) from problem
+            except asyncpg.InterfaceError as problem:
+                if isinstance(problem, ValueError):
+                    raise _unstorable() from problem
+                # asyncpg found the connection closed before it sent anything.
+                connection.terminate()
+                if tries == TRIES:
+                    raise DatabaseUnavailable from problem
+            finally:
+                await self._release(connection)
+
+    async def _acquire(self) -> "asyncpg.pool.PoolConnectionProxy[Row]":
+        if self._pool is None:
+            raise DatabaseUnavailable
+        try:
+            return await self._pool.acquire(timeout=CONNECT_SECONDS)
+        except (TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as problem:
+            raise DatabaseUnavailable from problem
+
+    async def _release(self, connection: "asyncpg.pool.PoolConnectionProxy[Row]") -> None:
+        if self._pool is not None:
+            await self._pool.release(connection)
+
+
+def _meaning(problem: asyncpg.PostgresError, state: str) -> CofferError | None:
+    """The domain error for PostgreSQL's, or None for a defect of ours."""
+    if state == "CF001":
+        return QuotaExceeded(**json.loads(problem.detail or "{}"))
+    if state == "CF003":
+        return UserErasing()
+    if state.startswith((*_LOST, *_REFUSED)) or state in _RETRY:
+        return DatabaseUnavailable()
+    if state.startswith("22"):
+        return _unstorable()
+    constraint = _CONSTRAINTS.get(getattr(problem, "constraint_name", None) or "")
+    return constraint() if constraint else None
+
+
+def _unstorable() -> InvalidRequest:
+    return InvalidRequest(field="text", reason="a value is too long, too large or holds characters that cannot be stored")

@@ -1,0 +1,158 @@
+"""Rows of `user_files`. Every function is one statement; another user's file and a missing one are both `NotFound` (P4)."""
+
+from collections.abc import Sequence
+from typing import Any
+from uuid import UUID
+
+import msgspec
+
+from server.errors import NotFound, PreconditionFailed
+from server.ledger.database import LONG_PATIENCE_SECONDS, Database, Row
+from server.ledger.models import File, NewFile, ReplacedContent, Tombstone
+from server.ledger.statements import statement
+
+FILE_COLUMNS = ", ".join(File.__struct_fields__)
+
+_PUBLISH = statement("publish_file", file=FILE_COLUMNS)
+_REPLACE = statement("replace_content", file=FILE_COLUMNS)
+_GET = statement("get_file", file=FILE_COLUMNS)
+_BY_KEY = statement("find_file_by_idempotency_key", file=FILE_COLUMNS)
+_ANYWHERE = statement("find_file_anywhere", file=FILE_COLUMNS)
+_UPDATE = statement("update_file", file=FILE_COLUMNS)
+_FAVORITE = statement("set_favorite", file=FILE_COLUMNS)
+_TAGS = statement("set_tags", file=FILE_COLUMNS)
+_DELETE = statement("delete_files")
+
+
+def file_of(row: Row) -> File:
+    """The struct of a row that holds at least `FILE_COLUMNS`."""
+    values = {name: row[name] for name in File.__struct_fields__}
+    values["metadata"] = msgspec.json.decode(values["metadata"])
+    return File(**values)
+
+
+async def publish_file(db: Database, new: NewFile) -> File:
+    """Ends the upload's reservation, if it has one, and adds the file: one transaction, in which the quota is enforced.
+
+    Call it when the bytes are synced under `new.file_path`. Raises `QuotaExceeded`, `UserErasing`, `NotFound` (no such user:
+    `ensure_user`, then repeat), `Conflict` (a file with this id or this user's idempotency key exists), `CommitUnknown` (the bytes
+    must stay) and `DatabaseUnavailable` (nothing happened).
+    """
+    rows = await db.write(
+        _PUBLISH,
+        new.id,
+        new.user_id,
+        new.file_name,
+        new.file_type,
+        new.mime_type,
+        new.file_size,
+        new.sha256,
+        new.volume_id,
+        new.file_path,
+        new.generation,
+        new.package_name,
+        new.tags,
+        _json(new.metadata),
+        new.idempotency_key,
+    )
+    return _one(rows)
+
+
+async def replace_content(db: Database, *, user_id: str, file_id: UUID, expected_generation: int, new: ReplacedContent) -> File:
+    """Points a file at other bytes and leaves a tombstone for the old ones; ends the reservation `new.upload_id` in any case.
+
+    Call it when the bytes are synced under `new.file_path`. Raises `PreconditionFailed` when the file has another generation,
+    `NotFound`, `QuotaExceeded`, `UserErasing`, `CommitUnknown` and `DatabaseUnavailable`.
+    """
+    rows = await db.write(
+        _REPLACE,
+        user_id,
+        file_id,
+        expected_generation,
+        new.upload_id,
+        new.mime_type,
+        new.file_size,
+        new.sha256,
+        new.volume_id,
+        new.file_path,
+        new.generation,
+    )
+    if not rows:
+        await get_file(db, user_id, file_id)
+        raise PreconditionFailed
+    return _one(rows)
+
+
+async def get_file(db: Database, user_id: str, file_id: UUID) -> File:
+    """One file. Raises `NotFound`."""
+    return _one(await db.read(_GET, user_id, file_id))
+
+
+async def find_file_by_idempotency_key(db: Database, user_id: str, key: str) -> File | None:
+    """The file that an earlier request with this key published."""
+    rows = await db.read(_BY_KEY, user_id, key)
+    return file_of(rows[0]) if rows else None
+
+
+async def find_file_anywhere(db: Database, file_id: UUID) -> File | None:
+    """The file whoever owns it: settles a commit whose answer was lost."""
+    rows = await db.read(_ANYWHERE, file_id)
+    return file_of(rows[0]) if rows else None
+
+
+async def update_file(
+    db: Database,
+    user_id: str,
+    file_id: UUID,
+    *,
+    file_name: str | msgspec.UnsetType = msgspec.UNSET,
+    package_name: str | msgspec.UnsetType | None = msgspec.UNSET,
+    metadata: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET,
+) -> File:
+    """Changes what is not `UNSET`; `metadata` replaces what was there. Raises `NotFound`."""
+    return _one(
+        await db.write(
+            _UPDATE,
+            user_id,
+            file_id,
+            file_name is not msgspec.UNSET,
+            None if file_name is msgspec.UNSET else file_name,
+            package_name is not msgspec.UNSET,
+            None if package_name is msgspec.UNSET else package_name,
+            metadata is not msgspec.UNSET,
+            None if metadata is msgspec.UNSET else _json(metadata),
+        )
+    )
+
+
+async def set_favorite(db: Database, user_id: str, file_id: UUID, value: bool | None) -> File:
+    """Sets the flag, or turns it over when `value` is None. Raises `NotFound`."""
+    return _one(await db.write(_FAVORITE, user_id, file_id, value))
+
+
+async def set_tags(db: Database, user_id: str, file_id: UUID, tags: list[str]) -> File:
+    """Replaces the tags. Raises `NotFound`."""
+    return _one(await db.write(_TAGS, user_id, file_id, tags))
+
+
+async def delete_files(db: Database, user_id: str, ids: Sequence[UUID]) -> list[tuple[UUID, Tombstone]]:
+    """Deletes those of `ids` that are the user's, gives their quota back and returns what is left to unlink.
+
+    Ids that are not returned were not found. A crash before the unlink leaves the tombstone to housekeeping.
+    """
+    return tombstones_of(await db.write(_DELETE, user_id, list(ids), patience=LONG_PATIENCE_SECONDS))
+
+
+def tombstones_of(rows: list[Row]) -> list[tuple[UUID, Tombstone]]:
+    """File ids and tombstones, as `delete_files_v1` returns them."""
+    return [(row["file_id"], Tombstone(id=row["tombstone_id"], volume_id=row["volume_id"], file_path=row["file_path"])) for row in rows]
+
+
+def _one(rows: list[Row]) -> File:
+    if not rows:
+        raise NotFound
+    return file_of(rows[0])
+
+
+def _json(value: dict[str, Any]) -> str:
+    return msgspec.json.encode(value).decode()

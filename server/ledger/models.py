@@ -1,0 +1,143 @@
+"""Rows as the rest of the house sees them. Names are those of the tables; every size is in bytes."""
+
+from datetime import datetime
+from typing import Any, Literal
+from uuid import UUID
+
+import msgspec
+
+
+class File(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of `user_files`. `file_path` is relative to its volume's mount."""
+
+    id: UUID
+    user_id: str
+    file_name: str
+    file_type: str
+    mime_type: str
+    file_size: int
+    sha256: bytes
+    volume_id: UUID
+    file_path: str
+    generation: int
+    thumbnail_path: str | None
+    resolution: str | None
+    width: int | None
+    height: int | None
+    duration: str | None
+    duration_seconds: float | None
+    package_name: str | None
+    tags: list[str]
+    is_favorite: bool
+    metadata: dict[str, Any]
+    upload_date: datetime
+    content_changed_at: datetime
+    created_at: datetime
+    updated_at: datetime
+
+
+class NewFile(msgspec.Struct, frozen=True, kw_only=True):
+    """What `publish_file` inserts. `id` equals the upload's id, so a reservation and its file never part."""
+
+    id: UUID
+    user_id: str
+    file_name: str
+    file_type: str
+    mime_type: str
+    file_size: int
+    sha256: bytes
+    volume_id: UUID
+    file_path: str
+    generation: int = 1
+    package_name: str | None = None
+    tags: list[str] = []
+    metadata: dict[str, Any] = {}
+    idempotency_key: str | None = None
+
+
+class ReplacedContent(msgspec.Struct, frozen=True, kw_only=True):
+    """The bytes that `replace_content` points a file at. `upload_id` names the reservation that held room for them."""
+
+    upload_id: UUID
+    mime_type: str
+    file_size: int
+    sha256: bytes
+    volume_id: UUID
+    file_path: str
+    generation: int
+
+
+class FileQuery(msgspec.Struct, frozen=True, kw_only=True):
+    """What to list. None is no filter. `name` finds words of the name by their beginnings, and comes with the sort `name`.
+
+    Dates are of the upload, `created_from` inclusive and `created_to` exclusive, and come with the sort `created`.
+    """
+
+    file_type: str | None = None
+    mime_type: str | None = None
+    tag: str | None = None
+    is_favorite: bool | None = None
+    package_name: str | None = None
+    name: str | None = None
+    created_from: datetime | None = None
+    created_to: datetime | None = None
+    sort: Literal["created", "name", "size"] = "created"
+    descending: bool = True
+    limit: int = 50
+    cursor: str | None = None
+
+
+class FilePage(msgspec.Struct, frozen=True, kw_only=True):
+    """One page. `next_cursor` is None on the last one."""
+
+    files: list[File]
+    next_cursor: str | None
+
+
+class User(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of `user_storage`. `max_bytes` None is unlimited."""
+
+    user_id: str
+    tier: str
+    max_bytes: int | None
+    total_bytes: int
+    reserved_bytes: int
+    file_count: int
+    volume_id: UUID | None
+    erasing_at: datetime | None
+    created_at: datetime
+    updated_at: datetime
+
+
+class KindUsage(msgspec.Struct, frozen=True, kw_only=True):
+    file_count: int
+    total_bytes: int
+
+
+class Tombstone(msgspec.Struct, frozen=True, kw_only=True):
+    """A stored file whose row is gone and whose bytes must go too."""
+
+    id: int
+    volume_id: UUID
+    file_path: str
+
+
+class VolumeRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of `volumes`. `state` is `open` or `read_only` (set after an I/O error, cleared by a sysadmin)."""
+
+    id: UUID
+    mount_path: str
+    state: str
+    created_at: datetime
+
+
+class ApiKeyRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of `api_keys`. Only the SHA-256 of the secret is ever stored."""
+
+    key_id: str
+    name: str
+    secret_sha256: bytes
+    scopes: list[str]
+    created_at: datetime
+    expires_at: datetime | None
+    revoked_at: datetime | None

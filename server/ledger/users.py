@@ -1,0 +1,103 @@
+"""Users: their quota, what they use, and their erasure."""
+
+from uuid import UUID
+
+from server.errors import Conflict, NotFound
+from server.ledger.database import LONG_PATIENCE_SECONDS, Database, Row
+from server.ledger.files import tombstones_of
+from server.ledger.models import KindUsage, Tombstone, User
+from server.ledger.statements import statement
+
+USER_COLUMNS = ", ".join(User.__struct_fields__)
+_BATCH_ROWS = 5000
+
+_GET = statement("get_user", user=USER_COLUMNS)
+_ENSURE = statement("ensure_user", user=USER_COLUMNS)
+_LIST = statement("list_users", user=USER_COLUMNS)
+_SET_QUOTA = statement("set_quota", user=USER_COLUMNS)
+_BY_TYPE = statement("usage_by_type")
+_BEGIN_ERASING = statement("begin_erasing", user=USER_COLUMNS)
+_ERASE_BATCH = statement("erase_batch")
+_ERASE_EVENTS = statement("erase_events")
+_ERASE_USAGE = statement("erase_usage")
+_FINISH_ERASING = statement("finish_erasing")
+_BEING_ERASED = statement("users_being_erased")
+
+
+async def ensure_user(db: Database, user_id: str, *, max_bytes: int | None, volume_id: UUID) -> User:
+    """The user, who is added with this quota and volume if unknown. An existing user keeps quota and volume (unless that is null)."""
+    rows = await db.read(_GET, user_id)
+    if not rows or rows[0]["volume_id"] is None:
+        rows = await db.write(_ENSURE, user_id, max_bytes, volume_id)
+    return _user_of(rows[0])
+
+
+async def get_user(db: Database, user_id: str) -> User:
+    """One user. Raises `NotFound`."""
+    return _one(await db.read(_GET, user_id))
+
+
+async def list_users(db: Database, after: str | None, limit: int) -> list[User]:
+    """At most `limit` users whose id is greater than `after`, in the order of ids."""
+    return [_user_of(row) for row in await db.read(_LIST, after or "", limit)]
+
+
+async def set_quota(db: Database, user_id: str, max_bytes: int | None, *, volume_id: UUID | None = None) -> User:
+    """Sets the quota in bytes (None is unlimited) of a user, who is added if unknown.
+
+    Less than what is used is allowed: it blocks new bytes only. Reservations that are held may still be published.
+    """
+    return _one(await db.write(_SET_QUOTA, user_id, max_bytes, volume_id))
+
+
+async def usage(db: Database, user_id: str) -> tuple[User | None, dict[str, KindUsage]]:
+    """The user, if known, and files and bytes per type; types without files are left out."""
+    rows = await db.read(_GET, user_id)
+    if not rows:
+        return None, {}
+    kinds = await db.read(_BY_TYPE, user_id)
+    by_type = {row["file_type"]: KindUsage(file_count=row["file_count"], total_bytes=row["total_bytes"]) for row in kinds}
+    return _user_of(rows[0]), by_type
+
+
+async def begin_erasing(db: Database, user_id: str) -> User:
+    """From its return on, nothing new is admitted for the user (`UserErasing`). Repeating is safe. Raises `NotFound`."""
+    return _one(await db.write(_BEGIN_ERASING, user_id))
+
+
+async def erase_batch(db: Database, user_id: str, limit: int = 1000) -> list[Tombstone]:
+    """Deletes at most `limit` files of a user who is being erased; returns what is left to unlink, and nothing when done."""
+    rows = await db.write(_ERASE_BATCH, user_id, limit, patience=LONG_PATIENCE_SECONDS)
+    return [tombstone for _, tombstone in tombstones_of(rows)]
+
+
+async def finish_erasing(db: Database, user_id: str) -> None:
+    """Deletes all other rows of a user whose files are gone, the user's own last: until then a crash leaves work to repeat.
+
+    Raises `Conflict` while files are left, or when the user is not being erased. A user who is gone is no error.
+    """
+    rows = await db.read(_GET, user_id)
+    if not rows:
+        return
+    if rows[0]["erasing_at"] is None or rows[0]["file_count"]:
+        raise Conflict
+    for erase in (_ERASE_EVENTS, _ERASE_USAGE):
+        while (await db.write(erase, user_id, _BATCH_ROWS, patience=LONG_PATIENCE_SECONDS))[0]["count"] == _BATCH_ROWS:
+            pass
+    if not await db.write(_FINISH_ERASING, user_id, patience=LONG_PATIENCE_SECONDS):
+        raise Conflict
+
+
+async def users_being_erased(db: Database) -> list[str]:
+    """Users whose erasure has begun and not ended."""
+    return [row["user_id"] for row in await db.read(_BEING_ERASED)]
+
+
+def _user_of(row: Row) -> User:
+    return User(**{name: row[name] for name in User.__struct_fields__})
+
+
+def _one(rows: list[Row]) -> User:
+    if not rows:
+        raise NotFound
+    return _user_of(rows[0])
