@@ -1,0 +1,323 @@
+"""One mounted file system, and whether it may be read and written right now."""
+
+import errno
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Literal
+from uuid import UUID
+
+from server.errors import CofferError, VolumeFull, VolumeReadOnly, VolumeUnavailable
+from server.vault.layout import INCOMING, USERS, checked
+from server.vault.sentinel import read_sentinel
+
+State = Literal["open", "full", "read_only", "unavailable"]
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_SMALLEST_RESERVE_BYTES = 2**30
+_MOST_REMEMBERED_DIRECTORIES = 100_000  # about 100 bytes each: 10 MB
+
+log = logging.getLogger("coffer.vault")
+
+
+class Handle:
+    """A directory's file descriptor, closed when nobody holds it any more.
+
+    A thread that still writes through a volume that has just gone keeps the descriptor alive; closing it by hand would
+    let its number be reused for something else under that thread.
+    """
+
+    __slots__ = ("fd",)
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
+class Volume:
+    """A volume that a row of `volumes` names. All methods but the properties may block: run them in the vault's threads.
+
+    Its state is looked at by `probe`, every second. Paths are opened relative to a handle held since it was found to be
+    mounted, component by component and never through a symbolic link. Several threads may use a volume at once.
+    """
+
+    def __init__(self, volume_id: UUID, mount: Path, reserve_bytes: int | None) -> None:
+        self.id = volume_id
+        self.mount = mount
+        self.state: State = "unavailable"
+        self.reason = "not looked at yet"
+        self.promised_bytes = 0  # declared by uploads under way here and not yet written; changed by the event loop only
+        self._reserve_bytes = reserve_bytes
+        self._root: Handle | None = None
+        self._durable: dict[str, int] = {}  # directories whose entry in their parent is known to be synced, by path: inode
+        self._closed_by_row = False
+        self._fault: str | None = None
+        self._fault_recorded = False
+
+    # State
+
+    def probe(self) -> None:
+        """Looks whether the volume is mounted, is the right one, and has room. Never raises."""
+        try:
+            root = Handle(os.open(self.mount, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+            found = read_sentinel(root.fd)
+            if found != self.id:
+                raise ValueError(f"the sentinel is that of volume {found}")
+            if self._root is None or not os.path.sameopenfile(self._root.fd, root.fd):
+                self._durable = {}
+                self._root = root
+            facts = os.statvfs(root.fd)
+        except (OSError, ValueError) as problem:
+            self._root = None  # lets go of a file system that was unmounted lazily
+            self._become("unavailable", str(problem))
+            return
+        if facts.f_flag & os.ST_RDONLY:
+            self._become("read_only", "mounted read-only")
+        elif self._fault or self._closed_by_row:
+            self._become("read_only", self._fault or "set read-only by a sysadmin or another process")
+        elif facts.f_bavail * facts.f_frsize < self._reserve(facts) or (facts.f_files and not facts.f_favail):
+            self._become("full", "free space is below the reserve")
+        else:
+            self._become("open", "")
+
+    def apply_row(self, state: str) -> None:
+        """Takes over what the volume's row says. A row reopened by a sysadmin clears a fault that had been recorded in it."""
+        self._closed_by_row = state != "open"
+        if self._closed_by_row:
+            self._fault_recorded = self._fault is not None
+        elif self._fault_recorded:
+            self._fault, self._fault_recorded = None, False
+
+    @property
+    def unrecorded_fault(self) -> str | None:
+        """Why this process closed the volume, while the row does not say so yet."""
+        return None if self._fault_recorded else self._fault
+
+    def _become(self, state: State, reason: str) -> None:
+        if (state, reason) != (self.state, self.reason):
+            level = logging.INFO if state == "open" else logging.ERROR
+            log.log(level, "volume is %s", state, extra={"volume_id": str(self.id), "mount": str(self.mount), "reason": reason})
+        self.state, self.reason = state, reason
+
+    def _reserve(self, facts: os.statvfs_result) -> int:
+        if self._reserve_bytes is not None:
+            return self._reserve_bytes
+        return max(facts.f_blocks * facts.f_frsize // 100, _SMALLEST_RESERVE_BYTES)
+
+    def free_bytes(self) -> int:
+        """Bytes that uploads may still take: free space less the reserve and less what running uploads have announced.
+
+        Raises `VolumeUnavailable`.
+        """
+        facts = os.statvfs(self.root().fd)
+        return facts.f_bavail * facts.f_frsize - self._reserve(facts) - self.promised_bytes
+
+    def root(self) -> Handle:
+        """The mount's handle; hold it for as long as descriptors derived from it are being opened."""
+        if self._root is None:
+            raise VolumeUnavailable
+        return self._root
+
+    def check_writable(self, needed_bytes: int) -> None:
+        """Raises `VolumeUnavailable`, `VolumeReadOnly` or `VolumeFull` unless that many more bytes may be written now."""
+        if self.state == "unavailable":
+            raise VolumeUnavailable
+        if self.state == "read_only":
+            raise VolumeReadOnly
+        if self.free_bytes() < needed_bytes:
+            raise VolumeFull
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Translates an `OSError` of a write. An I/O error closes the volume for writes until a sysadmin acts.
+
+        `FileExistsError` and `FileNotFoundError` pass: they tell of names, not of the disk.
+        """
+        try:
+            yield
+        except (FileExistsError, FileNotFoundError):
+            raise
+        except OSError as problem:
+            raise self._failure(problem) from problem
+
+    @contextmanager
+    def syncing(self) -> Iterator[None]:
+        """As `writing`, for fsync: after *any* error the kernel may have dropped the pages, so none is retried."""
+        try:
+            yield
+        except OSError as problem:
+            self._trip(f"sync failed: {problem.strerror}")
+            raise VolumeReadOnly from problem
+
+    def _failure(self, problem: OSError) -> CofferError:
+        match problem.errno:
+            case errno.ENOSPC | errno.EDQUOT:
+                return VolumeFull()
+            case errno.EROFS:
+                self._become("read_only", "mounted read-only")
+                return VolumeReadOnly()
+            case errno.EIO | errno.EUCLEAN | errno.ENXIO | errno.ENODEV:
+                self._trip(f"write failed: {problem.strerror}")
+                return VolumeReadOnly()
+            case _:
+                log.error("unexpected error on volume", extra={"volume_id": str(self.id), "errno": problem.errno}, exc_info=problem)
+                return VolumeUnavailable()
+
+    def _trip(self, reason: str) -> None:
+        self._fault, self._fault_recorded = reason, False
+        self._become("read_only", reason)
+
+    # Directories
+
+    def incoming(self, root: Handle) -> int:
+        """A new descriptor of incoming/, which the caller closes."""
+        return os.open(INCOMING, _DIRECTORY, dir_fd=root.fd)
+
+    def directory(self, root: Handle, path: str, *, make: bool) -> int:
+        """A new descriptor of the directory `path`, which the caller closes.
+
+        With `make`, missing directories are made, and every one on the way is durably entered in its parent before this
+        returns, also where another process made it and may have died before its sync. Without it, `FileNotFoundError`.
+        """
+        fd, walked = os.dup(root.fd), ""
+        try:
+            for part in path.split("/"):
+                walked = f"{walked}/{part}"
+                fd = self._step(fd, part, walked, make)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def _step(self, parent: int, name: str, walked: str, make: bool) -> int:
+        made = False
+        try:
+            child = os.open(name, _DIRECTORY, dir_fd=parent)
+        except FileNotFoundError:
+            if not make:
+                raise
+            with suppress(FileExistsError):  # another upload may make it between our two looks
+                os.mkdir(name, 0o750, dir_fd=parent)
+            made = True
+            child = os.open(name, _DIRECTORY, dir_fd=parent)
+        try:
+            if make and name != USERS:
+                inode = os.fstat(child).st_ino
+                if made or self._durable.get(walked) != inode:
+                    with self.syncing():
+                        os.fsync(parent)
+                    if len(self._durable) >= _MOST_REMEMBERED_DIRECTORIES:
+                        self._durable = {}
+                    self._durable[walked] = inode
+        except BaseException:
+            os.close(child)
+            raise
+        os.close(parent)
+        return child
+
+    # Stored files
+
+    def open_stored(self, path: str) -> int:
+        """A read-only descriptor of a stored file, which the caller closes.
+
+        Raises `FileNotFoundError` when it is not there, `VolumeUnavailable` when its volume is not.
+        """
+        root = self.root()
+        directory, name = checked(path).rsplit("/", 1)
+        parent = self.directory(root, directory, make=False)
+        try:
+            return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+        finally:
+            os.close(parent)
+
+    def remove_stored(self, paths: list[str]) -> None:
+        """Unlinks stored files and syncs their directories, once each. Files that are gone already are fine: repeating is safe.
+
+        A crash half-way leaves files whose tombstones still name them.
+        """
+        root = self.root()
+        by_directory: dict[str, list[str]] = {}
+        for path in paths:
+            directory, name = checked(path).rsplit("/", 1)
+            by_directory.setdefault(directory, []).append(name)
+        for directory, names in by_directory.items():
+            try:
+                parent = self.directory(root, directory, make=False)
+            except FileNotFoundError:
+                continue
+            try:
+                with self.writing():
+                    for name in names:
+                        _unlink_if_there(name, parent)
+                with self.syncing():
+                    os.fsync(parent)
+            finally:
+                os.close(parent)
+
+    def remove_user(self, user_directory: str) -> None:
+        """Removes everything under a user's directory, and the directory. Repeating after a crash is safe."""
+        root = self.root()
+        users = os.open(USERS, _DIRECTORY, dir_fd=root.fd)
+        try:
+            with self.writing():
+                _remove_tree(user_directory, users)
+            with self.syncing():
+                os.fsync(users)
+        finally:
+            os.close(users)
+
+    # Incoming leftovers
+
+    def remove_incoming(self, upload_ids: list[UUID]) -> None:
+        """Unlinks what uploads that are over left in incoming/."""
+        directory = self.incoming(self.root())
+        try:
+            with self.writing():
+                for upload_id in upload_ids:
+                    _unlink_if_there(str(upload_id), directory)
+        finally:
+            os.close(directory)
+
+    def old_incoming(self, older_than: float, limit: int) -> list[UUID]:
+        """Up to `limit` uploads whose bytes in incoming/ were last written before `older_than` (Unix time)."""
+        found: list[UUID] = []
+        directory = self.incoming(self.root())
+        try:
+            with os.scandir(directory) as entries:
+                for entry in entries:
+                    if len(found) >= limit:
+                        break
+                    try:
+                        if entry.stat(follow_symlinks=False).st_mtime < older_than:
+                            found.append(UUID(entry.name))
+                    except (ValueError, FileNotFoundError):
+                        continue  # not ours to judge, or finished while we looked
+        finally:
+            os.close(directory)
+        return found
+
+
+def _unlink_if_there(name: str, directory: int) -> None:
+    with suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=directory)
+
+
+def _remove_tree(name: str, parent: int) -> None:
+    try:
+        fd = os.open(name, _DIRECTORY, dir_fd=parent)
+    except FileNotFoundError:
+        return
+    try:
+        with os.scandir(fd) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    _remove_tree(entry.name, fd)
+                else:
+                    _unlink_if_there(entry.name, fd)
+    finally:
+        os.close(fd)
+    os.rmdir(name, dir_fd=parent)
