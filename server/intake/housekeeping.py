@@ -1,0 +1,117 @@
+"""What keeps an idle server tidy: watching volumes, renewing leases, finishing what a crash interrupted.
+
+Every step is safe to repeat and to run in several processes at once.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+from server import ledger
+from server.errors import CofferError, NotFound
+from server.intake.service import Intake
+from server.ledger import Database
+from server.settings import Settings
+from server.vault import Vault, Volume
+
+_WATCH_SECONDS = 1.0  # a volume that goes away is known within this
+_TIDY_SECONDS = 15.0
+_BATCH = 1_000
+
+log = logging.getLogger("coffer.housekeeping")
+
+
+class Housekeeping:
+    """The background tasks of one server process."""
+
+    def __init__(self, settings: Settings, db: Database, vault: Vault, intake: Intake) -> None:
+        self._settings = settings
+        self._db = db
+        self._vault = vault
+        self._intake = intake
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Looks at the volumes once, then goes on in the background. Works with the database down: it asks again."""
+        await self._guarded(self.watch)
+        renew_seconds = self._settings.reservation_lease_seconds / 4  # three renewals may fail before a lease is lost
+        self._tasks = [
+            asyncio.create_task(self._repeat(self.watch, _WATCH_SECONDS)),
+            asyncio.create_task(self._repeat(self.renew, renew_seconds)),
+            asyncio.create_task(self._repeat(self.tidy, _TIDY_SECONDS)),
+        ]
+
+    async def stop(self) -> None:
+        """Ends the tasks; what one was doing is repeated at the next start."""
+        for task in self._tasks:
+            task.cancel()
+        for task in self._tasks:
+            with suppress(asyncio.CancelledError):
+                await task
+
+    async def _repeat(self, step: Callable[[], Awaitable[None]], seconds: float) -> None:
+        while True:
+            await self._guarded(step)
+            await asyncio.sleep(seconds)
+
+    async def _guarded(self, step: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await step()
+        except CofferError as problem:
+            log.warning("will try again: %s", problem)
+        except Exception:
+            log.exception("housekeeping failed; will try again")
+
+    async def watch(self) -> None:
+        """Probes every volume, also while the database is down, and records the faults that this process met."""
+        try:
+            rows = [(row.id, row.mount_path, row.state) for row in await ledger.list_volumes(self._db)]
+        except CofferError:
+            rows = None
+        await self._vault.refresh(rows)
+        for volume in self._vault.volumes:
+            if rows is not None and volume.unrecorded_fault:
+                await ledger.set_volume_state(self._db, volume.id, "read_only")
+
+    async def renew(self) -> None:
+        """Keeps the reservations of running uploads from expiring."""
+        if self._intake.live:
+            await ledger.renew_reservations(self._db, list(self._intake.live), self._settings.reservation_lease_seconds)
+
+    async def tidy(self) -> None:
+        """One round of everything that an interruption may have left; each part goes on when another fails."""
+        for step in (self._expire, self._bury, self._sweep_incoming, self._go_on_erasing):
+            await self._guarded(step)
+
+    async def _expire(self) -> None:
+        expired = await ledger.release_expired(self._db, _BATCH)
+        gone = [upload_id for upload_id in expired if upload_id not in self._intake.live]
+        if gone:
+            log.info("released %d expired reservations", len(gone))
+            for volume in self._writable():
+                await self._vault.run(volume.remove_incoming, gone)
+
+    async def _bury(self) -> None:
+        while tombstones := await ledger.pending_tombstones(self._db, _BATCH):
+            reachable = {volume.id for volume in self._writable()}
+            now = [tombstone for tombstone in tombstones if tombstone.volume_id in reachable]
+            await self._intake.bury(now)
+            if len(now) < _BATCH:
+                return
+
+    async def _sweep_incoming(self) -> None:
+        for volume in self._writable():
+            old = await self._vault.run(volume.old_incoming, time.time() - self._settings.leftover_age_seconds, _BATCH)
+            if old:
+                live = await ledger.live_uploads(self._db, old)
+                await self._vault.run(volume.remove_incoming, [upload_id for upload_id in old if upload_id not in live])
+
+    async def _go_on_erasing(self) -> None:
+        for user_id in await ledger.users_being_erased(self._db):
+            with suppress(NotFound):  # another process finished it
+                await self._intake.erase_user(user_id)
+
+    def _writable(self) -> list[Volume]:
+        return [volume for volume in self._vault.volumes if volume.state in ("open", "full")]

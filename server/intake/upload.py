@@ -1,0 +1,362 @@
+"""One upload, from its first byte to its committed row."""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+from uuid import UUID
+
+from server import ledger
+from server.errors import (
+    CofferError,
+    CommitUnknown,
+    Conflict,
+    DatabaseUnavailable,
+    FileTooLarge,
+    IncompleteBody,
+    KindRequired,
+    NotFound,
+    QuotaExceeded,
+    TypeMismatch,
+)
+from server.kinds import HEAD_BYTES, TAIL_BYTES, FileType, detect, resolve
+from server.ledger.models import File, NewFile, ReplacedContent
+from server.vault import IncomingFile, Volume
+from server.vault.layout import stored_path
+
+if TYPE_CHECKING:
+    from server.intake.service import Intake
+
+BATCH_BYTES = 2**20  # one thread hop per MiB: at 64 KiB a fifth of the time went into hops
+_MOST_GENERATIONS_TRIED = 1_000  # names that crashed replacements may have left taken
+
+log = logging.getLogger("coffer.intake")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Details:
+    """What the client says about a file, already cleaned (`server/fields.py`). No name: the file's id and extension serve."""
+
+    file_name: str | None = None
+    kind: str | None = None
+    package_name: str | None = None
+    tags: list[str] = field(default_factory=list)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+class Upload:
+    """An upload under way. Made by `Intake.begin`; then `write` per chunk, and `finish` or `replace`; `abort` on any failure.
+
+    Memory is bounded: up to `buffered_body_bytes` wait in memory and go to disk in one hop at the end, charged at the commit
+    alone. Anything longer, or of a length not declared and grown past that, holds a reservation and streams to the volume, at
+    most two batches in memory. After a crash its reservation expires and its bytes in incoming/ are removed by housekeeping.
+    """
+
+    def __init__(
+        self,
+        intake: "Intake",
+        upload_id: UUID,
+        user_id: str,
+        volume: Volume,
+        *,
+        declared_bytes: int | None,
+        likely_bytes: int,
+        free_of_charge_bytes: int,
+        expected: dict[str, bytes],
+        idempotency_key: str | None,
+    ) -> None:
+        self.id = upload_id
+        self.user_id = user_id
+        self.received_bytes = 0
+        self._intake = intake
+        self._volume = volume
+        self._declared_bytes = declared_bytes
+        self._likely_bytes = likely_bytes
+        self._free_of_charge_bytes = free_of_charge_bytes
+        self._expected = expected
+        self._idempotency_key = idempotency_key
+        self._reserved_bytes: int | None = None
+        self._promised_bytes = 0
+        self._chunks: list[bytes] = []
+        self._chunks_bytes = 0
+        self._head = b""
+        self._recent: deque[bytes] = deque()  # the last chunks, at least TAIL_BYTES of them where there are as many
+        self._recent_bytes = 0
+        self._buffering = True
+        self._file: IncomingFile | None = None
+        self._working: asyncio.Task[Any] | None = None  # the one thread that may be using the file
+        self._landed_path: str | None = None
+        self._over = False
+
+    # Reserving
+
+    async def reserve(self, size_bytes: int) -> None:
+        """Holds quota for that many bytes of content. Raises `QuotaExceeded` with nothing changed, and as `open_reservation`."""
+        charge = max(0, size_bytes - self._free_of_charge_bytes)
+        try:
+            if self._reserved_bytes is None:
+                await ledger.open_reservation(
+                    self._intake.db,
+                    upload_id=self.id,
+                    user_id=self.user_id,
+                    volume_id=self._volume.id,
+                    reserved_bytes=charge,
+                    idempotency_key=self._idempotency_key,
+                    lease_seconds=self._intake.settings.reservation_lease_seconds,
+                )
+                self._intake.live.add(self.id)
+            elif charge > self._reserved_bytes:
+                await ledger.grow_reservation(self._intake.db, self.id, charge)
+        except CommitUnknown as problem:
+            self._reserved_bytes = self._reserved_bytes or 0  # it may exist: `abort` releases it
+            raise DatabaseUnavailable from problem
+        self._reserved_bytes = max(charge, self._reserved_bytes or 0)
+
+    async def _reserve_for_received(self) -> None:
+        """Grows in steps, so that an upload of unknown length asks the database once per step; near the limit, by what is needed."""
+        covered = -1 if self._reserved_bytes is None else self._reserved_bytes + self._free_of_charge_bytes
+        if self.received_bytes <= covered:
+            return
+        if self._declared_bytes is not None:
+            await self.reserve(self._declared_bytes)
+            return
+        step = self._likely_bytes if covered < 0 else self.received_bytes + self._intake.settings.reservation_step_bytes
+        try:
+            await self.reserve(max(self.received_bytes, min(step, self._intake.settings.max_file_bytes)))
+        except QuotaExceeded:
+            await self.reserve(self.received_bytes)
+
+    # Receiving
+
+    async def write(self, chunk: bytes) -> None:
+        """Takes the next bytes. Raises `FileTooLarge`, `QuotaExceeded`, `UnsupportedType`, `VolumeFull` and the like."""
+        if not chunk:
+            return
+        self.received_bytes += len(chunk)
+        if self.received_bytes > self._intake.settings.max_file_bytes:
+            raise FileTooLarge(self._intake.settings.max_file_bytes)
+        if len(self._head) < HEAD_BYTES:
+            self._head += chunk[: HEAD_BYTES - len(self._head)]
+        self._recent.append(chunk)
+        self._recent_bytes += len(chunk)
+        while self._recent_bytes - len(self._recent[0]) >= TAIL_BYTES:
+            self._recent_bytes -= len(self._recent.popleft())
+        self._chunks.append(chunk)
+        self._chunks_bytes += len(chunk)
+        if self._buffering:
+            self._intake.buffered_bytes += len(chunk)
+            if self.received_bytes > self._intake.settings.buffered_body_bytes or self._intake.buffered_is_full:
+                await self._spill()
+        elif self._chunks_bytes >= BATCH_BYTES:
+            await self._flush()
+
+    async def _spill(self) -> None:
+        """Leaves memory for the disk. The bytes' type is judged first: no need to receive a gigabyte of what is refused anyway."""
+        self._stop_buffering()
+        with suppress(KindRequired, TypeMismatch):  # a later field may name the kind, and the file's end may show another type
+            self._resolve(None)
+        await self._reserve_for_received()
+        if self._declared_bytes is not None:
+            self._promised_bytes = self._declared_bytes
+            self._volume.promised_bytes += self._promised_bytes
+        await self._flush()
+
+    def _stop_buffering(self) -> None:
+        if self._buffering:
+            self._buffering = False
+            self._intake.buffered_bytes -= self._chunks_bytes
+
+    async def _flush(self) -> None:
+        """Hands the batch to a thread, and returns while it is being written: the next batch arrives meanwhile."""
+        await self._reserve_for_received()
+        await self._written()
+        chunks, self._chunks, self._chunks_bytes = self._chunks, [], 0
+        self._working = asyncio.create_task(self._intake.vault.run(self._append, chunks))
+
+    def _append(self, chunks: list[bytes]) -> None:
+        self._incoming().append(chunks)
+
+    def _incoming(self) -> IncomingFile:
+        if self._file is None:
+            self._file = IncomingFile(self._volume, self.id, self._expected)
+        return self._file
+
+    async def _written(self) -> None:
+        """Waits for the batch that is being written, and keeps the volume's account of promised bytes.
+
+        Shielded: when this request is cancelled, the thread still has the file, and `abort` waits for it.
+        """
+        if self._working is not None:
+            await asyncio.shield(self._working)
+            self._working = None
+            if self._promised_bytes:
+                self._keep_promise(min(self._promised_bytes, BATCH_BYTES))
+
+    def _keep_promise(self, size_bytes: int) -> None:
+        self._promised_bytes -= size_bytes
+        self._volume.promised_bytes -= size_bytes
+
+    # Finishing
+
+    async def finish(self, details: Details) -> File:
+        """Publishes the bytes as a new file: type, sync, link, sync, commit, in that order. Returns the committed row.
+
+        Raises what is wrong with the bytes with nothing stored, or `CommitUnknown` with the bytes kept.
+        """
+        file_type, kind = await self._complete(details.kind)
+
+        def path(generation: int) -> str:
+            return stored_path(self.user_id, kind, self.id, generation, file_type.extension)
+
+        generation, sha256 = await self._landed(path, 1)
+        new = NewFile(
+            id=self.id,
+            user_id=self.user_id,
+            file_name=details.file_name or f"{self.id}.{file_type.extension}",
+            file_type=kind,
+            mime_type=file_type.mime_type,
+            file_size=self.received_bytes,
+            sha256=sha256,
+            volume_id=self._volume.id,
+            file_path=path(generation),
+            generation=generation,
+            package_name=details.package_name,
+            tags=details.tags,
+            metadata=details.metadata,
+            idempotency_key=self._idempotency_key,
+        )
+        return await self._commit(lambda: self._publish(new), self.id, new.file_path)
+
+    async def replace(self, old: File) -> File:
+        """Publishes the bytes as the new content of `old`, whose bytes live until the commit. Its kind stays.
+
+        Raises `PreconditionFailed` when the file has been replaced meanwhile, else as `finish`.
+        """
+        file_type, kind = await self._complete(old.file_type)
+
+        def path(generation: int) -> str:
+            return stored_path(self.user_id, kind, old.id, generation, file_type.extension)
+
+        generation, sha256 = await self._landed(path, old.generation + 1)
+        new = ReplacedContent(
+            upload_id=self.id,
+            mime_type=file_type.mime_type,
+            file_size=self.received_bytes,
+            sha256=sha256,
+            volume_id=self._volume.id,
+            file_path=path(generation),
+            generation=generation,
+        )
+
+        def statement() -> Awaitable[File]:
+            return ledger.replace_content(
+                self._intake.db, user_id=self.user_id, file_id=old.id, expected_generation=old.generation, new=new
+            )
+
+        return await self._commit(statement, old.id, new.file_path)
+
+    def _resolve(self, kind: str | None) -> tuple[FileType, str]:
+        detected = detect(self._head, b"".join(self._recent)[-TAIL_BYTES:])
+        decided = resolve(self._intake.allowed, detected, kind)
+        return cast("FileType", detected), decided  # `resolve` refuses None
+
+    async def _complete(self, kind: str | None) -> tuple[FileType, str]:
+        if self._declared_bytes is not None and self.received_bytes != self._declared_bytes:
+            raise IncompleteBody
+        decided = self._resolve(kind)
+        await self._written()
+        self._volume.check_writable(0)
+        if not self._buffering:
+            await self._reserve_for_received()
+        self._stop_buffering()
+        return decided
+
+    async def _landed(self, path: Callable[[int], str], generation: int) -> tuple[int, bytes]:
+        self._working = asyncio.create_task(self._intake.vault.run(self._land, path, generation))
+        landed: tuple[int, bytes] = await asyncio.shield(self._working)
+        return landed
+
+    def _land(self, path: Callable[[int], str], generation: int) -> tuple[int, bytes]:
+        """In a thread: the last bytes, the sync, and the first free name from `generation` on."""
+        file = self._incoming()
+        file.append(self._chunks)
+        self._chunks = []
+        file.seal()
+        for candidate in range(generation, generation + _MOST_GENERATIONS_TRIED):
+            try:
+                file.publish(path(candidate))
+            except FileExistsError:
+                continue
+            self._landed_path = path(candidate)
+            return candidate, file.sha256
+        raise Conflict
+
+    async def _publish(self, new: NewFile) -> File:
+        try:
+            return await ledger.publish_file(self._intake.db, new)
+        except NotFound:  # the user's row went away since we looked (erased, or a restored database): bring it back once
+            await self._intake.placed(self.user_id, fresh=True)
+            return await ledger.publish_file(self._intake.db, new)
+
+    async def _commit(self, statement: Callable[[], Awaitable[File]], file_id: UUID, path: str) -> File:
+        try:
+            file = await statement()
+        except CommitUnknown:
+            settled = await self._settle(file_id, path)
+            if settled is None:
+                self._leave()
+                log.warning("outcome of a commit is unknown; the bytes stay", extra={"file_id": str(file_id)})
+                raise
+            file = settled
+        except CofferError:
+            raise  # refused for certain: `abort` takes the bytes away again
+        except BaseException:
+            self._leave()  # cancelled in mid-commit: as unknown as a lost answer
+            raise
+        self._leave()
+        return file
+
+    async def _settle(self, file_id: UUID, path: str) -> File | None:
+        try:
+            found = await ledger.find_file_anywhere(self._intake.db, file_id)
+        except CofferError:
+            return None
+        return found if found is not None and found.file_path == path else None
+
+    # Ending
+
+    def _leave(self) -> None:
+        """Over: the row has taken the reservation's place, or time will settle it."""
+        self._over = True
+        self._intake.live.discard(self.id)
+        if self._promised_bytes:
+            self._keep_promise(self._promised_bytes)
+
+    async def abort(self) -> None:
+        """Gives back bytes and quota. Safe to call at any time and again; does nothing to a finished upload. Never raises.
+
+        What cannot be given back now is given back later: quota when the lease expires, bytes by housekeeping or the audit.
+        """
+        if self._over:
+            return
+        self._stop_buffering()
+        self._leave()
+        self._chunks = []
+        if self._working is not None:
+            await asyncio.wait([self._working])  # its failure, if any, is the one that led here
+            self._working.cancelled() or self._working.exception()
+        try:
+            if self._file is not None:
+                await self._intake.vault.run(self._file.discard)
+            if self._landed_path is not None:
+                await self._intake.vault.run(self._volume.remove_stored, [self._landed_path])
+        except (CofferError, OSError):
+            log.warning("could not remove the bytes of a refused upload", extra={"upload_id": str(self.id)}, exc_info=True)
+        if self._reserved_bytes is not None:
+            try:
+                await ledger.release_reservation(self._intake.db, self.id)
+            except CofferError:
+                log.warning("could not release a reservation; its lease will run out", extra={"upload_id": str(self.id)})
