@@ -1,0 +1,94 @@
+"""The headers of an answer that carries stored bytes. Every value is printable ASCII on one line, whatever the file's name."""
+
+import base64
+import re
+from datetime import UTC, datetime
+from email.utils import format_datetime
+from typing import Literal
+from urllib.parse import quote
+
+from server.kinds import KNOWN
+from server.ledger.models import File
+
+Disposition = Literal["inline", "attachment"]
+
+# Bytes that users uploaded are shown, never run: no scripts, no forms, no frames, an origin of their own. Images, media and
+# the browser's own style for showing them remain, so that a picture or a video opened in a tab is still seen.
+CONTENT_SECURITY_POLICY = "sandbox; default-src 'none'; img-src 'self'; media-src 'self'; style-src 'unsafe-inline'"
+
+# For owners: kept by their own browser only, and asked again each time, so a deleted file is gone everywhere at once.
+# No proxy may recompress the bytes: they would no longer be those of the ETag and of the digest.
+OWNER_CACHE_CONTROL = "private, no-cache, no-transform"
+
+_SHOWN_BY_BROWSERS = frozenset(mime_type for mime_type in KNOWN if mime_type.startswith(("image/", "video/", "audio/")))
+_ATTRIBUTE_CHARACTERS = "!#$&+-.^_`|~"  # RFC 8187, besides letters and digits
+_MIME_TYPE = re.compile(r"[A-Za-z0-9!#$&^_.+-]+/[A-Za-z0-9!#$&^_.+-]+")
+_NOT_PLAIN = re.compile(r"[^ !#$&'()+,\-.0-9;=@A-Z\[\]^_`a-z{}~]")
+
+
+def etag(sha256: bytes) -> str:
+    """The strong ETag of bytes with this digest, quotes included."""
+    return f'"{sha256.hex()}"'
+
+
+def last_modified(changed_at: datetime) -> str:
+    """An aware time as an HTTP-date, rounded down to the second."""
+    return format_datetime(changed_at.astimezone(UTC), usegmt=True)
+
+
+def content_disposition(disposition: Disposition, name: str) -> str:
+    """RFC 6266: the name as it is for everyone who reads `filename*`, and one in plain ASCII for the rest.
+
+    The plain one has `_` for whatever an old browser could misread: quotes, backslashes, slashes, percent signs, control
+    and non-ASCII characters.
+    """
+    plain = _NOT_PLAIN.sub("_", name)
+    value = f'{disposition}; filename="{plain}"'
+    if plain == name:
+        return value
+    exact = quote(name, safe=_ATTRIBUTE_CHARACTERS, encoding="utf-8", errors="replace")
+    return f"{value}; filename*=UTF-8''{exact}"
+
+
+def disposition_of(mime_type: str, wanted: Disposition | None) -> Disposition:
+    """How a browser is told to treat bytes of this type. `inline` counts only for what it shows without running it.
+
+    Without a wish, pictures, video and sound are shown. Everything else is saved, always: HTML, SVG, XML and PDF among it,
+    should a row ever hold them.
+    """
+    return (wanted or "inline") if mime_type in _SHOWN_BY_BROWSERS else "attachment"
+
+
+def representation_headers(
+    file: File,
+    disposition: Disposition | None,
+    *,
+    cache_control: str = OWNER_CACHE_CONTROL,
+    resource_policy: Literal["same-origin", "cross-origin"] = "same-origin",
+) -> list[tuple[str, str]]:
+    """The headers of a 200 or 206 answer except those of its length. Names are lower-case."""
+    return [
+        # Rows that Coffer wrote hold plain types; one written by hand must not be able to split the header.
+        ("content-type", file.mime_type if _MIME_TYPE.fullmatch(file.mime_type) else "application/octet-stream"),
+        ("content-disposition", content_disposition(disposition_of(file.mime_type, disposition), file.file_name)),
+        ("accept-ranges", "bytes"),
+        ("repr-digest", f"sha-256=:{base64.b64encode(file.sha256).decode('ascii')}:"),
+        *validator_headers(file, cache_control=cache_control, resource_policy=resource_policy),
+    ]
+
+
+def validator_headers(
+    file: File,
+    *,
+    cache_control: str = OWNER_CACHE_CONTROL,
+    resource_policy: Literal["same-origin", "cross-origin"] = "same-origin",
+) -> list[tuple[str, str]]:
+    """The headers of a 304 answer, a part of those of a 200."""
+    return [
+        ("etag", etag(file.sha256)),
+        ("last-modified", last_modified(file.content_changed_at)),
+        ("cache-control", cache_control),
+        ("x-content-type-options", "nosniff"),
+        ("content-security-policy", CONTENT_SECURITY_POLICY),
+        ("cross-origin-resource-policy", resource_policy),
+    ]
