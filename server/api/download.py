@@ -1,0 +1,81 @@
+"""`GET` and `HEAD /api/files/{id}/download`: stored bytes to their owner, as bare ASGI."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+from urllib.parse import parse_qs
+from uuid import UUID
+
+from server.api.door import admit
+from server.api.services import Services
+from server.auth import Scope
+from server.delivery import Body, Delivery
+from server.delivery.headers import Disposition
+from server.errors import InvalidRequest
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+async def download(services: Services, file_id: UUID, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    """Answers with the file's bytes: whole, one range, or none when the client has them already (`server/delivery/`).
+
+    `?disposition=inline|attachment` says how a browser is to treat them. Memory holds two reads at most, whatever the
+    file's size. If the bytes turn out to be fewer than promised, `Damaged` is raised in mid-answer: the caller must leave
+    the answer incomplete, so that no client takes it for whole.
+    """
+    principal = await admit(services, scope, Scope.FILES_READ)
+    disposition = _disposition(scope["query_string"])
+    answer = await services.delivery.open(principal.owner, file_id, scope["method"], joined_headers(scope), disposition)
+    headers = [(name.encode("ascii"), value.encode("ascii")) for name, value in answer.headers]
+    await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+    if answer.body is None:
+        await send({"type": "http.response.body", "body": b""})
+    else:
+        await _send_bytes(services.delivery, answer.body, receive, send)
+
+
+async def _send_bytes(delivery: Delivery, body: Body, receive: Receive, send: Send) -> None:
+    at, end = body.offset, body.offset + body.length
+    chunk, body.first = body.first, b""  # not kept in memory for as long as the rest takes
+    # A server's `send` does not tell that the client has gone, so a long answer listens for it. A short one is over at once.
+    gone = asyncio.create_task(_disconnect(receive)) if len(chunk) < body.length else None
+    try:
+        while True:
+            at += len(chunk)
+            await send({"type": "http.response.body", "body": chunk, "more_body": at < end})
+            if at >= end or (gone and gone.done()):
+                return
+            chunk = await delivery.read(body, at)
+    finally:
+        if gone:
+            gone.cancel()
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def joined_headers(scope: MutableMapping[str, Any]) -> dict[str, str]:
+    """The request's headers by lower-case name, repeated ones joined in their order (RFC 9110, section 5.3)."""
+    joined: dict[str, str] = {}
+    for raw_name, raw_value in scope["headers"]:
+        name, value = raw_name.decode("latin-1"), raw_value.decode("latin-1")
+        joined[name] = f"{joined[name]}, {value}" if name in joined else value
+    return joined
+
+
+def _disposition(query: bytes) -> Disposition | None:
+    if not query:
+        return None
+    match parse_qs(query.decode("latin-1"), keep_blank_values=True).get("disposition"):
+        case None:
+            return None
+        case ["inline"]:
+            return "inline"
+        case ["attachment"]:
+            return "attachment"
+        case _:
+            raise InvalidRequest("disposition", "must be inline or attachment")

@@ -1,0 +1,233 @@
+"""The outermost layer: every request passes here, and the three byte routes go no further.
+
+It gives each request its id, counts and logs it, and answers with problem+json whatever a handler raises before it has
+begun to answer. Written against bare ASGI, because at a thousand small uploads a second a framework's own time per request
+would be most of the cost.
+"""
+
+import logging
+import re
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import AbstractAsyncContextManager
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+from urllib.parse import quote
+from uuid import UUID
+
+from uuid_utils import uuid7
+
+from server import logs
+from server.api.door import admit
+from server.api.download import download
+from server.api.problems import HttpRefusal, Problem
+from server.api.services import Services
+from server.api.upload import replace, upload
+from server.auth import Scope
+from server.errors import NotFound
+
+Message = MutableMapping[str, Any]
+ASGIScope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+ASGIApp = Callable[[ASGIScope, Receive, Send], Awaitable[None]]
+
+CLIENT_GONE = 499  # only in logs and metrics: nobody was there to be told
+
+_FILES = "/api/files/"
+_USERS = "/api/users/"
+_USABLE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+log = logging.getLogger("coffer.api")
+
+
+class Front:
+    """The ASGI application that a server process runs."""
+
+    def __init__(self, services: Services, json_app: ASGIApp, running: Callable[[], AbstractAsyncContextManager[None]]) -> None:
+        """`json_app` answers everything but the byte routes; `running` is entered at start-up and left at shut-down."""
+        self._services = services
+        self._json_app = json_app
+        self._running = running
+
+    async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await self._serve(scope, receive, send)
+        elif scope["type"] == "lifespan":
+            await self._live(receive, send)
+        else:
+            await send({"type": "websocket.close", "code": 1000})
+
+    async def _live(self, receive: Receive, send: Send) -> None:
+        await receive()
+        try:
+            async with self._running():
+                await send({"type": "lifespan.startup.complete"})
+                await receive()
+        except Exception as problem:
+            log.exception("could not start or stop cleanly")
+            await send({"type": "lifespan.startup.failed", "message": logs.without_secrets(str(problem))})
+            raise
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _serve(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
+        exchange = _Exchange(scope, receive, send)
+        metrics = self._services.metrics
+        metrics.started()
+        # Each request runs in a task of its own, so nothing needs to be reset.
+        logs.request_id.set(exchange.request_id)
+        try:
+            await self._answer(exchange)
+        finally:
+            route, status = exchange.route or scope.get("path_template"), exchange.final_status
+            seconds = time.perf_counter() - exchange.began
+            method = scope["method"] if scope["method"] in _METHODS else "OTHER"
+            metrics.finished(route or "unmatched", method, status, seconds, bytes_in=exchange.bytes_in, bytes_out=exchange.bytes_out)
+            principal = scope["state"].get("principal")
+            client = scope.get("client")
+            logs.access(
+                logs.AccessLine(
+                    time=datetime.now(UTC),
+                    level="info",
+                    logger="coffer.access",
+                    message="request",
+                    request_id=exchange.request_id,
+                    method=method,
+                    route=route or "unmatched",
+                    path=scope["path"] if route else None,
+                    status=status,
+                    duration_ms=round(seconds * 1000, 2),
+                    bytes_in=exchange.bytes_in,
+                    bytes_out=exchange.bytes_out,
+                    user_id=principal.user_id if principal else None,
+                    client=client[0] if client else None,
+                )
+            )
+
+    async def _answer(self, exchange: "_Exchange") -> None:
+        try:
+            await self._route(exchange)
+        except Exception as error:  # noqa: BLE001 - the last net: what is not expected is logged with its traceback
+            await self._fail(exchange, Problem.of(error, exchange.request_id), error)
+
+    async def _fail(self, exchange: "_Exchange", problem: Problem, error: Exception) -> None:
+        """Tells the client, if that is still possible. An answer cut short is left incomplete, so the server drops the connection."""
+        if exchange.client_gone:
+            log.debug("client went away", exc_info=error)
+            return
+        if problem.status >= 500 or exchange.status:
+            log.error("request failed", exc_info=error)
+        if not exchange.status:
+            await problem.send(exchange.scope, exchange.send)
+
+    async def _route(self, exchange: "_Exchange") -> None:
+        scope = exchange.scope
+        path: str = scope["path"]
+        if path.startswith(_FILES):
+            file_id, _, last = path[len(_FILES) :].rpartition("/")
+            byte_route = _BYTE_ROUTES.get((bool(file_id), last))
+            if byte_route is not None:
+                await self._serve_bytes(exchange, byte_route, file_id)
+                return
+        elif path.startswith(_USERS):
+            # A user id may hold slashes and percent signs: keep its segment as it was sent, for `users.py` to decode once.
+            raw: bytes = scope.get("raw_path") or quote(path).encode("ascii")
+            scope["path"] = raw.decode("latin-1")
+        await self._json_app(scope, exchange.receive, exchange.send)
+
+    async def _serve_bytes(self, exchange: "_Exchange", byte_route: "_ByteRoute", file_id: str) -> None:
+        exchange.route = byte_route.template
+        scope = exchange.scope
+        if scope["method"] not in byte_route.methods:
+            raise HttpRefusal(405, {"allow": ", ".join(byte_route.methods)})
+        if not file_id:
+            await byte_route.handler(self._services, scope, exchange.receive, exchange.send)
+            return
+        try:
+            known = UUID(file_id) if len(file_id) == 36 else None
+        except ValueError:
+            known = None
+        if known is None:
+            # As for a file that does not exist: first who asks, then the same answer.
+            await admit(self._services, scope, byte_route.needed)
+            raise NotFound
+        await byte_route.handler(self._services, known, scope, exchange.receive, exchange.send)
+
+
+class _ByteRoute(NamedTuple):
+    template: str
+    methods: tuple[str, ...]
+    needed: Scope
+    handler: Callable[..., Awaitable[None]]
+
+
+# By whether a file's id stands before the last segment, and that segment.
+_BYTE_ROUTES = {
+    (False, "upload"): _ByteRoute("/api/files/upload", ("POST",), Scope.FILES_WRITE, upload),
+    (True, "content"): _ByteRoute("/api/files/{file_id}/content", ("PUT",), Scope.FILES_WRITE, replace),
+    (True, "download"): _ByteRoute("/api/files/{file_id}/download", ("GET", "HEAD"), Scope.FILES_READ, download),
+}
+
+
+class _Exchange:
+    """One request and its answer, watched on their way through."""
+
+    __slots__ = (
+        "_raw_receive",
+        "_raw_send",
+        "began",
+        "bytes_in",
+        "bytes_out",
+        "client_gone",
+        "complete",
+        "request_id",
+        "route",
+        "scope",
+        "status",
+    )
+
+    def __init__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
+        self.began = time.perf_counter()
+        self.scope = scope
+        self.route: str | None = None
+        self.status = 0
+        self.bytes_in = 0
+        self.bytes_out = 0
+        self.client_gone = False
+        self.complete = False
+        self._raw_receive = receive
+        self._raw_send = send
+        self.request_id = _request_id(scope)
+        scope.setdefault("state", {})["request_id"] = self.request_id
+
+    @property
+    def final_status(self) -> int:
+        if self.client_gone and not self.complete:
+            return CLIENT_GONE
+        return self.status or 500
+
+    async def receive(self) -> Message:
+        message = await self._raw_receive()
+        if message["type"] == "http.request":
+            self.bytes_in += len(message.get("body", b""))
+        elif message["type"] == "http.disconnect" and not self.complete:
+            self.client_gone = True
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.body":
+            self.bytes_out += len(message.get("body", b""))
+            self.complete = not message.get("more_body", False)
+        elif message["type"] == "http.response.start":
+            self.status = message["status"]
+            message["headers"] = [*message.get("headers", ()), (b"x-request-id", self.request_id.encode("ascii"))]
+        await self._raw_send(message)
+
+
+def _request_id(scope: ASGIScope) -> str:
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and _USABLE_REQUEST_ID.fullmatch(value):
+            usable: str = value.decode("ascii")
+            return usable
+    return str(uuid7())

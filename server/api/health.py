@@ -1,0 +1,92 @@
+"""What load balancers and monitoring ask. Open to whoever reaches the port; a proxy in front should not pass `/metrics` on."""
+
+from typing import Any, Literal
+from uuid import UUID
+
+import msgspec
+from litestar import Request, Response, get
+
+from server import ledger
+from server.api.door import services_of
+from server.errors import CofferError
+from server.metrics import MEDIA_TYPE, VolumeFacts
+from server.vault import Volume
+
+Http = Request[Any, Any, Any]
+
+
+class Alive(msgspec.Struct):
+    status: Literal["alive"] = "alive"
+
+
+class DatabaseCheck(msgspec.Struct):
+    ok: bool
+    detail: str
+
+
+class VolumeCheck(msgspec.Struct):
+    """`free_bytes` is what uploads may still take, above the reserve; null while nobody can tell."""
+
+    id: UUID
+    ok: bool
+    state: str
+    free_bytes: int | None
+
+
+class Readiness(msgspec.Struct):
+    """Ready when every check is ok; without a volume there is nowhere to store anything."""
+
+    status: Literal["ready", "not_ready"]
+    database: DatabaseCheck
+    volumes: list[VolumeCheck]
+
+
+@get("/health/live", tags=["Operation"])
+async def live() -> Alive:
+    """200 as long as the process answers at all. Says nothing about the database or the volumes."""
+    return Alive()
+
+
+@get("/health/ready", tags=["Operation"])
+async def ready(request: Http) -> Response[Readiness]:
+    """200 when requests can be served: the database answers and is migrated, every volume is mounted, writable and has room. Else 503."""
+    services = services_of(request)
+    database = await _check_database(services.db)
+    volumes = await services.vault.run(lambda: [_check_volume(volume) for volume in services.vault.volumes])
+    is_ready = database.ok and bool(volumes) and all(volume.ok for volume in volumes)
+    return Response(Readiness("ready" if is_ready else "not_ready", database, volumes), status_code=200 if is_ready else 503)
+
+
+@get("/metrics", media_type="text/plain", include_in_schema=False)
+async def metrics(request: Http) -> Response[bytes]:
+    """Everything that is counted, as Prometheus reads it."""
+    services = services_of(request)
+    text = await services.vault.run(lambda: services.metrics.expose([_facts(volume) for volume in services.vault.volumes]))
+    return Response(text, media_type=MEDIA_TYPE)
+
+
+async def _check_database(db: ledger.Database) -> DatabaseCheck:
+    try:
+        await db.check()
+        missing = await ledger.pending(db)
+    except CofferError as problem:
+        return DatabaseCheck(False, str(problem))
+    if missing:
+        return DatabaseCheck(False, f"{len(missing)} migrations have not been applied: run `coffer migrate`")
+    return DatabaseCheck(True, "reachable and migrated")
+
+
+def _check_volume(volume: Volume) -> VolumeCheck:
+    facts = _facts(volume)
+    return VolumeCheck(volume.id, facts.state == "open" and (facts.free_bytes or 0) > 0, facts.state, facts.free_bytes)
+
+
+def _facts(volume: Volume) -> VolumeFacts:
+    try:
+        free_bytes = max(0, volume.free_bytes())
+    except (CofferError, OSError):
+        free_bytes = None
+    return VolumeFacts(str(volume.id), volume.state, free_bytes)
+
+
+handlers = [live, ready, metrics]

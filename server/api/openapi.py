@@ -1,0 +1,312 @@
+"""The OpenAPI description at `/schema`, and a page that shows it without loading anything from elsewhere.
+
+Litestar describes its own routes. What it cannot know is added here: the byte routes of `front.py`, the user that an API key
+acts for, and the shape of failures.
+"""
+
+import html
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import msgspec
+from litestar import Litestar, Request, Response, Router, get
+from litestar.handlers import HTTPRouteHandler
+from litestar.openapi import OpenAPIConfig
+from litestar.openapi.plugins import JsonRenderPlugin
+
+from server.api.problems import MEDIA_TYPE
+from server.fields import NAME_CHARACTERS, PACKAGE_NAME_CHARACTERS, USER_ID_CHARACTERS
+from server.kinds import KINDS
+
+Json = dict[str, Any]
+Handler = HTTPRouteHandler | Router
+
+_METHODS = ("get", "head", "post", "put", "patch", "delete")
+_ACTS_FOR_A_USER = ("/api/files", "/api/storage")
+_OPEN = ("/health",)
+# Request bodies that refuse unknown fields, which Litestar does not tell.
+_CLOSED = ("FileChanges", "FavoriteChange", "TagsChange", "FileIds", "QuotaChange")
+
+_ABOUT = """Coffer stores media files for users, each within a quota.
+
+Every route but `/health` needs an API key in `Authorization: Bearer cof_...`. Routes of files and storage act for the user
+named in `X-User-Id`. Failures are `application/problem+json` with a stable `code`."""
+
+
+def handlers(described: list[Handler]) -> list[Handler]:
+    """The routes that serve the description of the `described` routes."""
+
+    @cache  # made when first asked for: it takes longer than the rest of the start-up
+    def description() -> Json:
+        return describe(described)
+
+    @get("/schema", include_in_schema=False, media_type="text/html", sync_to_thread=False)
+    def schema(request: Request[Any, Any, Any]) -> Response[bytes]:
+        """The page for browsers, the description for everybody else."""
+        if "text/html" not in request.headers.get("accept", ""):
+            return _json(description())
+        return Response(page(description()).encode(), media_type="text/html", headers=_PAGE_HEADERS)
+
+    @get("/schema/openapi.json", include_in_schema=False, sync_to_thread=False)
+    def schema_json() -> Response[bytes]:
+        return _json(description())
+
+    return [schema, schema_json]
+
+
+def _json(description: Json) -> Response[bytes]:
+    return Response(msgspec.json.encode(description), media_type="application/json", headers={"vary": "Accept"})
+
+
+def describe(described: list[Handler]) -> Json:
+    """The whole description as JSON data."""
+    config = OpenAPIConfig(
+        title="Coffer", version="1", description=_ABOUT, use_handler_docstrings=True, render_plugins=[JsonRenderPlugin()]
+    )
+    description: Json = Litestar(described, openapi_config=config, logging_config=None).openapi_schema.to_schema()
+    description["security"] = [{"ApiKey": []}]
+    components = description.setdefault("components", {})
+    components["securitySchemes"] = {"ApiKey": {"type": "http", "scheme": "bearer", "description": "An API key: `cof_...`."}}
+    components["parameters"] = {"ActingUser": _ACTING_USER}
+    components["responses"] = {"Problem": {"description": "A failure.", "content": {MEDIA_TYPE: {"schema": _ref("Problem")}}}}
+    components["schemas"] = dict(sorted({**components.get("schemas", {}), "Problem": _PROBLEM}.items()))
+    for name in _CLOSED:
+        components["schemas"][name]["additionalProperties"] = False
+    description["paths"]["/api/files/{file_id}/favorite"]["post"]["requestBody"]["required"] = False
+    for path, operations in _BYTE_ROUTES.items():
+        description["paths"].setdefault(path, {}).update(operations)
+    for path, _, operation in _operations(description):
+        _complete(path, operation)
+    description["paths"] = dict(sorted(description["paths"].items()))
+    return description
+
+
+def _complete(path: str, operation: Json) -> None:
+    responses: Json = operation.setdefault("responses", {})
+    responses.pop("400", None)  # Litestar's own shape of it, which we never send
+    problem = {"$ref": "#/components/responses/Problem"}
+    if path.startswith(_OPEN):
+        operation["security"] = []
+        if path == "/health/ready":
+            responses["503"] = {**responses["200"], "description": "Not ready; the checks tell why."}
+    else:
+        responses |= {"401": problem, "403": problem}
+    responses["default"] = problem
+    for parameter in operation.get("parameters", ()):
+        if parameter["in"] == "query":  # a query cannot say null
+            parameter["schema"] = _without_null(parameter["schema"])
+    if path.startswith(_ACTS_FOR_A_USER):
+        operation.setdefault("parameters", []).append({"$ref": "#/components/parameters/ActingUser"})
+
+
+def _without_null(schema: Json) -> Json:
+    choices = [choice for choice in schema.get("oneOf", ()) if choice != {"type": "null"}]
+    schema = choices[0] if len(choices) == 1 else schema
+    if "enum" in schema:
+        schema = {**schema, "type": "string", "enum": [value for value in schema["enum"] if value is not None]}
+    return schema
+
+
+def _operations(description: Json) -> Iterator[tuple[str, str, Json]]:
+    for path, item in description["paths"].items():
+        for method in _METHODS:
+            if method in item:
+                yield path, method, item[method]
+
+
+def _ref(name: str) -> Json:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _query(name: str, schema: Json, description: str) -> Json:
+    return {"name": name, "in": "query", "schema": schema, "description": description}
+
+
+def _header(name: str, description: str, *, required: bool = False) -> Json:
+    return {"name": name, "in": "header", "schema": {"type": "string"}, "description": description, "required": required}
+
+
+def _answer(description: str, schema: Json, **headers: str) -> Json:
+    answer: Json = {"description": description, "content": {"application/json": {"schema": schema}}}
+    if headers:
+        answer["headers"] = {name: {"schema": {"type": "string"}, "description": text} for name, text in headers.items()}
+    return answer
+
+
+_ACTING_USER: Json = {
+    "name": "X-User-Id",
+    "in": "header",
+    "required": True,
+    "schema": {"type": "string", "minLength": 1, "maxLength": USER_ID_CHARACTERS},
+    "description": "The user acted for, in UTF-8.",
+}
+
+_PROBLEM: Json = {
+    "type": "object",
+    "description": "RFC 9457. Some codes have further fields, such as the sizes of `quota_exceeded`.",
+    "required": ["type", "title", "status", "detail", "code", "request_id"],
+    "properties": {
+        "type": {"type": "string"},
+        "title": {"type": "string"},
+        "status": {"type": "integer"},
+        "detail": {"type": "string"},
+        "code": {"type": "string", "description": "Stable; for programs."},
+        "request_id": {"type": "string", "description": "Also in the X-Request-Id header and in the log."},
+    },
+}
+
+_FILE_ID: Json = {"name": "file_id", "in": "path", "required": True, "schema": {"type": "string", "format": "uuid"}}
+_BINARY: Json = {"type": "string", "format": "binary"}
+_KIND: Json = {"type": "string", "enum": list(KINDS)}
+_DIGESTS = [
+    _header("Content-Digest", "RFC 9530, `sha-256=:...:`. Bytes that do not match are refused, and nothing is stored."),
+    _header("Repr-Digest", "As Content-Digest."),
+    _header("Content-MD5", "The MD5 of the bytes in base64."),
+]
+
+_UPLOAD: Json = {
+    "tags": ["Bytes"],
+    "operationId": "Upload",
+    "summary": "Upload",
+    "description": (
+        "Stores a file: the raw body, or the file parts of a form. Answered once the bytes and their row are durable. "
+        "The type is taken from the bytes; `type` is needed only where they fit several kinds (JSON and zip)."
+    ),
+    "parameters": [
+        _query("name", {"type": "string", "minLength": 1, "maxLength": NAME_CHARACTERS}, "The file's name (raw body only)."),
+        _query("type", _KIND, "The kind that the bytes must be of."),
+        _query("package_name", {"type": "string", "maxLength": PACKAGE_NAME_CHARACTERS}, "The package that the file belongs to."),
+        _query("tags", {"type": "string"}, "Tags, separated by commas."),
+        _header("Idempotency-Key", "Requests with the same key store one file, however often they are repeated."),
+        *_DIGESTS,
+    ],
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/octet-stream": {"schema": _BINARY},
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file"],
+                    "properties": {
+                        "file": {**_BINARY, "description": "May be repeated."},
+                        "type": _KIND,
+                        "package_name": {"type": "string"},
+                        "tags": {"type": "string"},
+                        "metadata": {"type": "string", "description": "A JSON object."},
+                    },
+                }
+            },
+        },
+    },
+    "responses": {"201": _answer("Stored.", _ref("FileAnswer"), Location="Where the file's fields are.")},
+}
+
+_REPLACE: Json = {
+    "tags": ["Bytes"],
+    "operationId": "ReplaceContent",
+    "summary": "ReplaceContent",
+    "description": "Replaces a file's bytes with the raw body. The old bytes stay until the new ones are durable.",
+    "parameters": [
+        _FILE_ID,
+        _header("If-Match", "The ETag of the bytes that are meant. Other bytes stay."),
+        *_DIGESTS,
+    ],
+    "requestBody": {"required": True, "content": {"application/octet-stream": {"schema": _BINARY}}},
+    "responses": {"200": _answer("Replaced.", _ref("FileAnswer"))},
+}
+
+_BYTES_HEADERS: Json = {
+    name: {"schema": {"type": "string"}} for name in ("ETag", "Last-Modified", "Accept-Ranges", "Content-Disposition", "Content-Length")
+}
+
+
+def _download(method: str, description: str) -> Json:
+    content = {"*/*": {"schema": _BINARY}} if method == "get" else {}
+    return {
+        "tags": ["Bytes"],
+        "operationId": "Download" if method == "get" else "DownloadHead",
+        "summary": "Download" if method == "get" else "DownloadHead",
+        "description": description,
+        "parameters": [
+            _FILE_ID,
+            _header("Range", "One range of bytes, such as `bytes=0-499`."),
+            _header("If-Range", "The ETag or date for which the range is meant; else all bytes are sent."),
+            _header("If-None-Match", "ETags that the client has."),
+            _header("If-Match", "ETags that the client accepts."),
+            _header("If-Modified-Since", "An HTTP date."),
+            _header("If-Unmodified-Since", "An HTTP date."),
+        ],
+        "responses": {
+            "200": {"description": "All bytes.", "headers": _BYTES_HEADERS, "content": content},
+            "206": {"description": "The range.", "headers": _BYTES_HEADERS, "content": content},
+            "304": {"description": "The client has these bytes."},
+        },
+    }
+
+
+_BYTE_ROUTES: dict[str, Json] = {
+    "/api/files/upload": {"post": _UPLOAD},
+    "/api/files/{file_id}/content": {"put": _REPLACE},
+    "/api/files/{file_id}/download": {
+        "get": _download("get", "The file's bytes."),
+        "head": _download("head", "What a download would answer, without the bytes."),
+    },
+}
+
+# The page has no scripts and loads nothing, and says so to the browser.
+_PAGE_HEADERS = {"vary": "Accept", "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'"}
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc }  article { margin: 1.5rem 0 }
+code { background: #f3f3f3; padding: 0 .2em }  .method { font-weight: bold; display: inline-block; min-width: 4.5em }
+table { border-collapse: collapse; margin: .5rem 0 }  td, th { border: 1px solid #ddd; padding: .2rem .6rem; text-align: left }
+"""
+
+
+def page(description: Json) -> str:
+    """The description as one self-contained HTML page."""
+    by_tag: dict[str, list[str]] = {}
+    for path, method, operation in _operations(description):
+        by_tag.setdefault(operation.get("tags", ["Other"])[0], []).append(_article(description, path, method, operation))
+    sections = "".join(f"<h2>{_text(tag)}</h2>{''.join(articles)}" for tag, articles in sorted(by_tag.items()))
+    about = "".join(f"<p>{_text(part)}</p>" for part in _ABOUT.split("\n\n"))
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Coffer API</title><style>{_STYLE}</style></head><body>'
+        f'<h1>Coffer API</h1>{about}<p>For programs: <a href="/schema/openapi.json">openapi.json</a>.</p>{sections}</body></html>'
+    )
+
+
+def _article(description: Json, path: str, method: str, operation: Json) -> str:
+    parts = [f"<article><code><span class=method>{method.upper()}</span> {_text(path)}</code>"]
+    parts.append(f"<p>{_text(operation.get('description', ''))}</p>")
+    fields = [_resolved(description, parameter) for parameter in operation.get("parameters", [])]
+    rows = [(each["name"], each["in"] + (", required" if each.get("required") else ""), each.get("description", "")) for each in fields]
+    for media_type, content in operation.get("requestBody", {}).get("content", {}).items():
+        schema = _resolved(description, content.get("schema", {}))
+        rows.append((media_type, "body", ", ".join(schema.get("properties", {})) or schema.get("format", "")))
+    if rows:
+        cells = "".join(f"<tr><td><code>{_text(name)}</code><td>{_text(place)}<td>{_text(about)}" for name, place, about in rows)
+        parts.append(f"<table><tr><th>Name<th>In<th>Meaning{cells}</table>")
+    answers = ", ".join(
+        f"{status} {_resolved(description, answer).get('description', '')}" for status, answer in operation["responses"].items()
+    )
+    parts.append(f"<p>Answers: {_text(answers)}</p></article>")
+    return "".join(parts)
+
+
+def _resolved(description: Json, value: Json) -> Json:
+    """What a `$ref` points to, or the value itself; of several choices, the first."""
+    value = next(iter(value.get("oneOf", ())), value)
+    target: Json = description
+    if "$ref" not in value:
+        return value
+    for part in value["$ref"].removeprefix("#/").split("/"):
+        target = target[part]
+    return target
+
+
+def _text(text: str) -> str:
+    return html.escape(text)

@@ -1,0 +1,22 @@
+"""What the doors call. Made by the composition root, handed to every door."""
+
+from dataclasses import dataclass, field
+
+from server.auth import Authenticator
+from server.delivery import Delivery
+from server.intake import Intake
+from server.ledger import Database
+from server.metrics import Metrics
+from server.settings import Settings
+from server.vault import Vault
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Services:
+    settings: Settings
+    db: Database
+    vault: Vault
+    intake: Intake
+    delivery: Delivery
+    authenticator: Authenticator
+    metrics: Metrics = field(default_factory=Metrics)

@@ -1,0 +1,308 @@
+"""Bytes in over HTTP: `POST /api/files/upload` as a form or a raw body, and `PUT /api/files/{id}/content`.
+
+Bare ASGI: a framework's request and form objects cost more than the whole upload of a small file does here. Everything but
+HTTP is in `server/intake`.
+"""
+
+import base64
+import binascii
+import hashlib
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from typing import Any
+from urllib.parse import parse_qs
+from uuid import UUID
+
+import msgspec
+
+from server import ledger
+from server.api.door import admit
+from server.api.files import file_json
+from server.api.multipart import Event, Field, FileData, FileEnd, FileStart, FormReader
+from server.api.problems import Problem
+from server.api.services import Services
+from server.auth import Scope
+from server.delivery.conditions import evaluate_if_match
+from server.errors import CofferError, Conflict, DigestMismatch, IncompleteBody, InvalidRequest, PreconditionFailed
+from server.fields import clean_name, clean_package_name, parse_metadata, parse_tags
+from server.intake import Details, Upload
+from server.kinds import KINDS
+from server.ledger.models import File
+
+ASGIScope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+_IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,200}")
+_DICTIONARY_MEMBER = re.compile(r"\s*([a-z*][a-z0-9_.*-]*)\s*=\s*:([A-Za-z0-9+/=]*):\s*")
+_DIGEST_BYTES = {"sha-256": 32, "sha-512": 64, "md5": 16}
+
+
+async def upload(services: Services, scope: ASGIScope, receive: Receive, send: Send) -> None:
+    """Stores what is sent and answers 201, after the commit. Refuses before reading the body wherever it can."""
+    principal = await admit(services, scope, Scope.FILES_WRITE)
+    content_type = _header(scope, b"content-type") or ""
+    if _header(scope, b"content-encoding") not in (None, "identity"):
+        raise InvalidRequest("Content-Encoding", "encoded bodies are not accepted; send the file's own bytes")
+    key = _header(scope, b"idempotency-key")
+    if key is not None and not _IDEMPOTENCY_KEY.fullmatch(key):
+        raise InvalidRequest("Idempotency-Key", "must be 1 to 200 visible ASCII characters")
+    if content_type.lower().startswith("multipart/form-data"):
+        await _upload_form(services, principal.owner, content_type, key, scope, receive, send)
+    else:
+        await _upload_raw(services, principal.owner, key, scope, receive, send)
+
+
+async def replace(services: Services, file_id: UUID, scope: ASGIScope, receive: Receive, send: Send) -> None:
+    """Replaces a file's bytes. With `If-Match` only those that the client has seen; the old ones live until the commit."""
+    principal = await admit(services, scope, Scope.FILES_WRITE)
+    old = await ledger.get_file(services.db, principal.owner, file_id)
+    if_match = _header(scope, b"if-match")
+    if if_match is not None and not evaluate_if_match(if_match, old.sha256):
+        raise PreconditionFailed
+    begun = await services.intake.begin(principal.owner, declared_bytes=_content_length(scope), expected=_digests(scope), replacing=old)
+    try:
+        async for chunk in _body(receive):
+            await begun.write(chunk)
+        file = await begun.replace(old)
+    except PreconditionFailed as lost:
+        if if_match is None:
+            raise Conflict from lost
+        raise
+    finally:
+        await begun.abort()
+    await _answer(send, 200, file)
+
+
+async def _upload_raw(services: Services, user_id: str, key: str | None, scope: ASGIScope, receive: Receive, send: Send) -> None:
+    query = parse_qs(scope["query_string"].decode("ascii", "replace"), keep_blank_values=True, max_num_fields=100)
+    texts = {name: values[-1] for name, values in query.items()} | ({"tags": ",".join(query["tags"])} if "tags" in query else {})
+    details = _details(texts, texts.get("name"))
+    begun = await _begin(services, user_id, key, declared_bytes=_content_length(scope), likely_bytes=0, expected=_digests(scope))
+    if isinstance(begun, File):
+        await _answer(send, 201, begun, replayed=True)
+        return
+    try:
+        async for chunk in _body(receive):
+            await begun.write(chunk)
+        file = await begun.finish(details)
+    finally:
+        await begun.abort()
+    await _answer(send, 201, file)
+
+
+async def _upload_form(
+    services: Services, user_id: str, content_type: str, key: str | None, scope: ASGIScope, receive: Receive, send: Send
+) -> None:
+    form = _Form(services, user_id, key, _content_length(scope))
+    reader = FormReader(content_type)
+    expected = _digests(scope)
+    hashes = {name: hashlib.new(name.replace("-", ""), usedforsecurity=False) for name in expected}  # of the form, as RFC 9530 has it
+    try:
+        async for chunk in _body(receive):
+            for each in hashes.values():
+                each.update(chunk)
+            for event in reader.feed(chunk):
+                await form.take(event)
+            form.consumed_bytes += len(chunk)
+        reader.close()
+        for name, digest in expected.items():
+            if hashes[name].digest() != digest:
+                raise DigestMismatch(name)
+        results = await form.finish()
+    finally:
+        await form.abort()
+    if len(results) == 1:
+        (result,) = results
+        if isinstance(result, CofferError):
+            raise result
+        await _answer(send, 201, result, replayed=form.replayed)
+        return
+    failed = any(isinstance(result, CofferError) for result in results)
+    answer = {"results": [_result(scope, result) for result in results]}
+    await _send_json(send, 207 if failed else 201, answer, [])
+
+
+class _Form:
+    """The files of one form. They are published when the form has ended, for any field may follow any file."""
+
+    def __init__(self, services: Services, user_id: str, key: str | None, content_length: int | None) -> None:
+        self.consumed_bytes = 0
+        self.replayed = False
+        self._services = services
+        self._user_id = user_id
+        self._key = key
+        self._content_length = content_length
+        self._fields: dict[str, str] = {}
+        self._names: list[str] = []
+        self._files: list[Upload | File | CofferError] = []
+
+    async def take(self, event: Event) -> None:
+        match event:
+            case Field(name, value):
+                joined = name in self._fields and name == "tags"
+                self._fields[name] = f"{self._fields[name]},{value}" if joined else value
+            case FileStart():
+                await self._start(event)
+            case FileData(data):
+                await self._write(data)
+            case FileEnd():
+                pass
+
+    async def _start(self, part: FileStart) -> None:
+        number = len(self._files)
+        self._names.append(part.file_name)
+        # The key names the request, so each file in it gets a key of its own.
+        key = None if self._key is None else self._key if number == 0 else f"{self._key}/{number}"
+        likely = max(0, self._content_length - self.consumed_bytes) if self._content_length else 0
+        expected = _parse_digests(part.headers.get("content-digest"), part.headers.get("content-md5"))
+        try:
+            begun = await _begin(self._services, self._user_id, key, declared_bytes=None, likely_bytes=likely, expected=expected)
+        except CofferError as refused:
+            self._refuse(number, refused)
+            self._files.append(refused)
+        else:
+            self._files.append(begun)
+
+    async def _write(self, data: bytes) -> None:
+        current = self._files[-1]
+        if isinstance(current, Upload):
+            try:
+                await current.write(data)
+            except CofferError as refused:
+                await current.abort()
+                self._refuse(len(self._files) - 1, refused)
+                self._files[-1] = refused
+
+    @staticmethod
+    def _refuse(number: int, refused: CofferError) -> None:
+        """The first file's failure ends the form at once, instead of receiving a gigabyte to no avail; a later one is told at the end."""
+        if number == 0:
+            raise refused
+
+    async def finish(self) -> list[File | CofferError]:
+        """Publishes what has arrived well, file by file; one file's failure leaves the others."""
+        if not self._files:
+            raise InvalidRequest("file", "the form holds no file")
+        if len(self._files) > 1 and "name" in self._fields:
+            raise InvalidRequest("name", "names one file; with several, each part's filename counts")
+        results: list[File | CofferError] = []
+        for each, name in zip(self._files, self._names, strict=True):
+            if isinstance(each, Upload):
+                try:
+                    results.append(await each.finish(_details(self._fields, self._fields.get("name", name or None))))
+                except CofferError as refused:
+                    results.append(refused)
+            else:
+                self.replayed = self.replayed or isinstance(each, File)
+                results.append(each)
+        return results
+
+    async def abort(self) -> None:
+        for each in self._files:
+            if isinstance(each, Upload):
+                await each.abort()
+
+
+async def _begin(
+    services: Services, user_id: str, key: str | None, *, declared_bytes: int | None, likely_bytes: int, expected: dict[str, bytes]
+) -> Upload | File:
+    intake = services.intake
+    if key is None:
+        return await intake.begin(user_id, declared_bytes=declared_bytes, likely_bytes=likely_bytes, expected=expected)
+    return await intake.begin_once(user_id, key, declared_bytes=declared_bytes, likely_bytes=likely_bytes, expected=expected)
+
+
+def _details(texts: dict[str, str], name: str | None) -> Details:
+    kind = texts.get("type") or None
+    if kind is not None and kind not in KINDS:
+        raise InvalidRequest("type", f"must be one of {', '.join(KINDS)}")
+    return Details(
+        file_name=None if name is None else clean_name(name),
+        kind=kind,
+        package_name=clean_package_name(texts.get("package_name")),
+        tags=parse_tags(texts.get("tags", "")),
+        metadata=parse_metadata(texts["metadata"]) if "metadata" in texts else {},
+    )
+
+
+async def _body(receive: Receive) -> AsyncIterator[bytes]:
+    """The body's pieces. Raises `IncompleteBody` when the client goes away."""
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            raise IncompleteBody
+        if chunk := message.get("body"):
+            yield chunk
+        if not message.get("more_body"):
+            return
+
+
+def _header(scope: ASGIScope, wanted: bytes) -> str | None:
+    """The first header of that name (lower case), as latin-1."""
+    for name, value in scope["headers"]:
+        if name == wanted:
+            text: str = value.decode("latin-1")
+            return text
+    return None
+
+
+def _content_length(scope: ASGIScope) -> int | None:
+    text = _header(scope, b"content-length")
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit()):
+        raise InvalidRequest("Content-Length", "must be a whole number")
+    return int(text)
+
+
+def _digests(scope: ASGIScope) -> dict[str, bytes]:
+    content, representation = _header(scope, b"content-digest"), _header(scope, b"repr-digest")
+    return _parse_digests(representation, None) | _parse_digests(content, _header(scope, b"content-md5"))
+
+
+def _parse_digests(dictionary: str | None, content_md5: str | None) -> dict[str, bytes]:
+    """`Content-Digest` and `Repr-Digest` (RFC 9530; sha-256 and sha-512, others are ignored) and `Content-MD5` (RFC 1864)."""
+    found: dict[str, bytes] = {}
+    for member in dictionary.split(",") if dictionary else ():
+        match = _DICTIONARY_MEMBER.fullmatch(member)
+        if match is None:
+            raise InvalidRequest("Content-Digest", "must be a dictionary such as sha-256=:base64:")
+        if match[1] in ("sha-256", "sha-512"):
+            found[match[1]] = _unbase64(match[2], match[1], "Content-Digest")
+    if content_md5 is not None:
+        found["md5"] = _unbase64(content_md5.strip(), "md5", "Content-MD5")
+    return found
+
+
+def _unbase64(text: str, algorithm: str, field: str) -> bytes:
+    try:
+        digest = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        digest = b""
+    if len(digest) != _DIGEST_BYTES[algorithm]:
+        raise InvalidRequest(field, f"is not a base64 {algorithm} digest")
+    return digest
+
+
+def _result(scope: ASGIScope, result: File | CofferError) -> dict[str, object]:
+    if isinstance(result, CofferError):
+        problem = Problem.of(result, scope["state"]["request_id"])
+        return {"status": problem.status, "problem": msgspec.Raw(problem.body)}
+    return {"status": 201, "file": file_json(result)}
+
+
+async def _answer(send: Send, status: int, file: File, *, replayed: bool = False) -> None:
+    headers = [(b"etag", f'"{file.sha256.hex()}"'.encode())]
+    if status == 201:
+        headers.append((b"location", f"/api/files/{file.id}".encode()))
+    if replayed:
+        headers.append((b"idempotency-replayed", b"true"))
+    await _send_json(send, status, file_json(file), headers)
+
+
+async def _send_json(send: Send, status: int, content: object, headers: list[tuple[bytes, bytes]]) -> None:
+    body = msgspec.json.encode(content)
+    fixed = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": [*fixed, *headers]})
+    await send({"type": "http.response.body", "body": body, "more_body": False})

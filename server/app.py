@@ -1,0 +1,87 @@
+"""The composition root: makes every service once and hands it to those that need it."""
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, nullcontext
+
+import uvicorn
+
+from server import logs
+from server.api import application
+from server.api.front import Front
+from server.api.services import Services
+from server.auth import Authenticator
+from server.delivery import Delivery
+from server.intake import Housekeeping, Intake
+from server.ledger import Database
+from server.metrics import shared_by_processes
+from server.settings import Settings
+from server.vault import Vault
+
+# Above the 60 s for which nginx keeps an idle connection to us, so that it is never we who hang up on a request just sent.
+_KEEP_ALIVE_SECONDS = 75
+# How long a stopping server lets running requests finish. What it cuts off is as if the server had crashed: safe, but told nobody.
+_GRACEFUL_STOP_SECONDS = 30
+
+log = logging.getLogger("coffer")
+
+
+def create_app() -> Front:
+    """The ASGI application with settings from the environment. What a server process runs."""
+    settings = Settings.load()
+    logs.configure(settings.log_level)
+    return assemble(settings)
+
+
+def assemble(settings: Settings) -> Front:
+    """The ASGI application with these settings. Opens nothing yet; start-up (ASGI lifespan) does."""
+    db = Database(settings)
+    vault = Vault(settings.volume_reserve_bytes)
+    services = Services(
+        settings=settings,
+        db=db,
+        vault=vault,
+        intake=Intake(settings, db, vault),
+        delivery=Delivery(db, vault),
+        authenticator=Authenticator(db, settings.api_key_cache_seconds),
+    )
+    return Front(services, application.build(services), lambda: _running(services))
+
+
+@asynccontextmanager
+async def _running(services: Services) -> AsyncIterator[None]:
+    """Everything started; on leaving, stopped in reverse. Starts with the database down too, and is ready once it is back."""
+    housekeeping = Housekeeping(services.settings, services.db, services.vault, services.intake)
+    await services.db.open()
+    try:
+        await housekeeping.start()
+        log.info("started")
+        yield
+        await housekeeping.stop()
+    finally:
+        services.vault.close()
+        await services.db.close()
+        log.info("stopped")
+
+
+def serve(settings: Settings) -> None:
+    """Serves until SIGTERM or SIGINT. The processes read their settings from the environment, as `create_app` does."""
+    logs.configure(settings.log_level)
+    with shared_by_processes() if settings.processes > 1 else nullcontext():
+        uvicorn.run(
+            "server.app:create_app",
+            factory=True,
+            host=settings.host,
+            port=settings.port,
+            workers=settings.processes,
+            loop="uvloop",
+            http="httptools",
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=_GRACEFUL_STOP_SECONDS,
+        )

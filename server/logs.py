@@ -1,0 +1,89 @@
+"""Structured logs: one JSON object per line on standard error.
+
+A line that belongs to a request carries its `request_id`. No header, key, token, signature or query string is ever
+logged; as a second net, every line but the access line is searched for text of the shape of a key or of a password in
+a URL, because an exception's message is not ours to choose.
+"""
+
+import logging
+import re
+import sys
+from contextlib import suppress
+from contextvars import ContextVar
+from datetime import UTC, datetime
+
+import msgspec
+
+request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
+
+_OWN_ATTRIBUTES = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "color_message"}
+_SECRETS = re.compile(r"(cof_[a-z2-7]{16}_)[A-Za-z0-9_-]+|(\w+://[^\s/:@]*:)[^\s/@]+(?=@)|(\bbearer\s+)\S+", re.IGNORECASE)
+_encoder = msgspec.json.Encoder(enc_hook=str)
+_access_is_logged = False
+
+
+class AccessLine(msgspec.Struct):
+    """What is told of one request. `route` is a template; `path` is left out where no route matched, for it may hold anything."""
+
+    time: datetime
+    level: str
+    logger: str
+    message: str
+    request_id: str
+    method: str
+    route: str
+    path: str | None
+    status: int
+    duration_ms: float
+    bytes_in: int
+    bytes_out: int
+    user_id: str | None
+    client: str | None
+
+
+class JsonLines(logging.Formatter):
+    """A record and its `extra` as one line of JSON."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, object] = {
+            "time": datetime.fromtimestamp(record.created, UTC),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if request := request_id.get():
+            line["request_id"] = request
+        line |= {name: value for name, value in record.__dict__.items() if name not in _OWN_ATTRIBUTES}
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return without_secrets(encode(line))
+
+
+def encode(line: object) -> str:
+    try:
+        return _encoder.encode(line).decode()
+    except (ValueError, TypeError, RecursionError):  # lone surrogates, keys that are not text
+        return _encoder.encode({"message": ascii(line)}).decode()
+
+
+def without_secrets(text: str) -> str:
+    """The text with keys, bearer credentials and passwords of URLs blanked out."""
+    return _SECRETS.sub(lambda match: f"{match[1] or match[2] or match[3]}***", text)
+
+
+def configure(level: str) -> None:
+    """Sends every logger's lines of at least `level` to standard error. Called once by each process that serves or works."""
+    global _access_is_logged  # noqa: PLW0603 - one process has one log
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.captureWarnings(True)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # at info it logs whole URLs, queries included
+    _access_is_logged = logging.getLogger("coffer.access").isEnabledFor(logging.INFO)
+
+
+def access(line: AccessLine) -> None:
+    """Writes the line of a finished request. Bypasses `logging`, which would cost more than the rest of the bookkeeping."""
+    if _access_is_logged:
+        with suppress(OSError, ValueError):  # a full disk or a closed pipe must not fail the request
+            sys.stderr.write(f"{encode(line)}\n")

@@ -1,0 +1,124 @@
+"""Prometheus metrics, right also when several processes serve.
+
+With one process the values live in memory. With several, prometheus-client keeps each process's values in files of the
+directory `PROMETHEUS_MULTIPROC_DIR`, which must be set before the processes start (`shared_by_processes`), and any of them
+answers a scrape for all.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.registry import Collector
+
+MEDIA_TYPE = "text/plain; version=0.0.4"
+VOLUME_STATES = ("open", "full", "read_only", "unavailable")
+
+_DIRECTORY_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+# From a small look-up to a large upload over a slow line.
+_BUCKETS_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeFacts:
+    """A volume at the moment of a scrape. `free_bytes` is None while nobody can tell."""
+
+    volume_id: str
+    state: str
+    free_bytes: int | None
+
+
+class Metrics:
+    """The metrics of this process. Labels come from route templates and fixed words, so their number is bounded."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        if _DIRECTORY_VARIABLE not in os.environ:
+            ProcessCollector(registry=self._registry)
+        self._requests = Counter("coffer_http_requests", "Requests answered.", ("route", "method", "status"), registry=self._registry)
+        self._seconds = Histogram(
+            "coffer_http_request_duration_seconds",
+            "Time from a request's head to the end of its answer.",
+            ("route", "method"),
+            buckets=_BUCKETS_SECONDS,
+            registry=self._registry,
+        )
+        self._received = Counter("coffer_http_received_bytes", "Bytes of request bodies read.", registry=self._registry)
+        self._sent = Counter("coffer_http_sent_bytes", "Bytes of response bodies sent.", registry=self._registry)
+        # livesum: a process that was killed in mid-request must not be counted for ever.
+        self._in_flight = Gauge(
+            "coffer_http_requests_in_flight", "Requests under way.", registry=self._registry, multiprocess_mode="livesum"
+        )
+        # Looking labels up in prometheus-client costs more than counting.
+        self._children: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
+
+    def started(self) -> None:
+        self._in_flight.inc()
+
+    def finished(self, route: str, method: str, status: int, seconds: float, *, bytes_in: int, bytes_out: int) -> None:
+        """Counts one answered request. `route` must be a template, `method` and `status` as in HTTP."""
+        key = (route, method, status)
+        children = self._children.get(key)
+        if children is None:
+            children = self._children[key] = (self._requests.labels(route, method, str(status)), self._seconds.labels(route, method))
+        children[0].inc()
+        children[1].observe(seconds)
+        self._in_flight.dec()
+        if bytes_in:
+            self._received.inc(bytes_in)
+        if bytes_out:
+            self._sent.inc(bytes_out)
+
+    def expose(self, volumes: Iterable[VolumeFacts]) -> bytes:
+        """The text of a scrape. Reads files when several processes serve, so run it in a thread."""
+        registry = self._registry
+        if directory := os.environ.get(_DIRECTORY_VARIABLE):
+            _forget_dead_processes(Path(directory))
+            registry = CollectorRegistry()
+            MultiProcessCollector(registry, directory)  # type: ignore[no-untyped-call]
+        own = CollectorRegistry()
+        own.register(_Volumes(list(volumes)))
+        return generate_latest(registry) + generate_latest(own)
+
+
+class _Volumes(Collector):
+    def __init__(self, volumes: list[VolumeFacts]) -> None:
+        self._volumes = volumes
+
+    def collect(self) -> Iterable[Metric]:
+        free = GaugeMetricFamily("coffer_volume_free_bytes", "Bytes that uploads may still take, above the reserve.", labels=("volume",))
+        state = GaugeMetricFamily("coffer_volume_state", "1 for the state that the volume is in.", labels=("volume", "state"))
+        for volume in self._volumes:
+            if volume.free_bytes is not None:
+                free.add_metric((volume.volume_id,), volume.free_bytes)
+            for each in VOLUME_STATES:
+                state.add_metric((volume.volume_id, each), float(each == volume.state))
+        return (free, state)
+
+
+@contextmanager
+def shared_by_processes() -> Iterator[None]:
+    """Within it, processes that are started share their metrics. For the parent of several serving processes."""
+    with tempfile.TemporaryDirectory(prefix="coffer-metrics-") as directory:
+        os.environ[_DIRECTORY_VARIABLE] = directory
+        try:
+            yield
+        finally:
+            del os.environ[_DIRECTORY_VARIABLE]
+
+
+def _forget_dead_processes(directory: Path) -> None:
+    for file in directory.glob("gauge_live*_*.db"):
+        pid = int(file.stem.rpartition("_")[2])
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            mark_process_dead(pid, str(directory))  # type: ignore[no-untyped-call]
+        except PermissionError:
+            pass  # alive, under another user
