@@ -145,9 +145,9 @@ class _Form:
             case FileStart():
                 await self._start(event)
             case FileData(data):
-                await self._write(data)
+                await self._guarded(lambda upload: upload.write(data))
             case FileEnd():
-                pass
+                await self._guarded(Upload.pause)
 
     async def _start(self, part: FileStart) -> None:
         number = len(self._files)
@@ -164,11 +164,12 @@ class _Form:
         else:
             self._files.append(begun)
 
-    async def _write(self, data: bytes) -> None:
+    async def _guarded(self, step: Callable[[Upload], Awaitable[None]]) -> None:
+        """Does something with the current file, if it is well so far."""
         current = self._files[-1]
         if isinstance(current, Upload):
             try:
-                await current.write(data)
+                await step(current)
             except CofferError as refused:
                 await current.abort()
                 self._refuse(len(self._files) - 1, refused)

@@ -111,21 +111,24 @@ class Intake:
         upload = await self._prepare(user_id, declared_bytes, likely_bytes, expected, None, idempotency_key)
         deadline = time.monotonic() + self.settings.idempotency_wait_seconds
         pause = 0.05
-        while True:
-            stored = await ledger.find_file_by_idempotency_key(self.db, user_id, idempotency_key)
-            if stored is not None:
-                if declared_bytes is not None and stored.generation == 1 and declared_bytes != stored.file_size:
-                    raise IdempotencyKeyReused
-                return stored
+        while (stored := await ledger.find_file_by_idempotency_key(self.db, user_id, idempotency_key)) is None:
             try:
                 await self._open(upload, declared_bytes or 0)
             except IdempotencyInProgress:
                 if time.monotonic() >= deadline:
                     raise
-            else:
+                await asyncio.sleep(pause)
+                pause = min(pause * 1.5, 0.5)
+                continue
+            # Whoever held the key before us may have published between our two looks; nobody can from here on.
+            stored = await ledger.find_file_by_idempotency_key(self.db, user_id, idempotency_key)
+            if stored is None:
                 return upload
-            await asyncio.sleep(pause)
-            pause = min(pause * 1.5, 0.5)
+            await upload.abort()
+            break
+        if declared_bytes is not None and stored.generation == 1 and declared_bytes != stored.file_size:
+            raise IdempotencyKeyReused
+        return stored
 
     async def _prepare(
         self,

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple, cast
 from uuid import UUID
 
 from server import ledger
@@ -30,7 +30,10 @@ from server.vault.layout import stored_path
 if TYPE_CHECKING:
     from server.intake.service import Intake
 
-BATCH_BYTES = 2**20  # one thread hop per MiB: at 64 KiB a fifth of the time went into hops
+Result = TypeVar("Result")
+Arguments = TypeVarTuple("Arguments")
+
+BATCH_BYTES = 256 * 1024  # per thread hop; less costs more hops, more leaves the processor's cache (decisions/0002)
 _MOST_GENERATIONS_TRIED = 1_000  # names that crashed replacements may have left taken
 
 log = logging.getLogger("coffer.intake")
@@ -52,7 +55,7 @@ class Upload:
 
     Memory is bounded: up to `buffered_body_bytes` wait in memory and go to disk in one hop at the end, charged at the commit
     alone. Anything longer, or of a length not declared and grown past that, holds a reservation and streams to the volume, at
-    most two batches in memory. After a crash its reservation expires and its bytes in incoming/ are removed by housekeeping.
+    most one batch in memory. After a crash its reservation expires and its bytes in incoming/ are removed by housekeeping.
     """
 
     def __init__(
@@ -94,7 +97,7 @@ class Upload:
     # Reserving
 
     async def reserve(self, size_bytes: int) -> None:
-        """Holds quota for that many bytes of content. Raises `QuotaExceeded` with nothing changed, and as `open_reservation`."""
+        """Holds quota for exactly that many bytes of content. Raises `QuotaExceeded` with nothing changed, and as `open_reservation`."""
         charge = max(0, size_bytes - self._free_of_charge_bytes)
         try:
             if self._reserved_bytes is None:
@@ -108,12 +111,12 @@ class Upload:
                     lease_seconds=self._intake.settings.reservation_lease_seconds,
                 )
                 self._intake.live.add(self.id)
-            elif charge > self._reserved_bytes:
-                await ledger.grow_reservation(self._intake.db, self.id, charge)
+            elif charge != self._reserved_bytes:
+                await ledger.resize_reservation(self._intake.db, self.id, charge)
         except CommitUnknown as problem:
             self._reserved_bytes = self._reserved_bytes or 0  # it may exist: `abort` releases it
             raise DatabaseUnavailable from problem
-        self._reserved_bytes = max(charge, self._reserved_bytes or 0)
+        self._reserved_bytes = charge
 
     async def _reserve_for_received(self) -> None:
         """Grows in steps, so that an upload of unknown length asks the database once per step; near the limit, by what is needed."""
@@ -153,6 +156,11 @@ class Upload:
         elif self._chunks_bytes >= BATCH_BYTES:
             await self._flush()
 
+    async def pause(self) -> None:
+        """All bytes have come, but other files of the same request follow: holds no more quota than these bytes need."""
+        if not self._buffering:
+            await self.reserve(self.received_bytes)
+
     async def _spill(self) -> None:
         """Leaves memory for the disk. The bytes' type is judged first: no need to receive a gigabyte of what is refused anyway."""
         self._stop_buffering()
@@ -170,11 +178,12 @@ class Upload:
             self._intake.buffered_bytes -= self._chunks_bytes
 
     async def _flush(self) -> None:
-        """Hands the batch to a thread, and returns while it is being written: the next batch arrives meanwhile."""
+        """Hands the batch to a thread and waits: with several uploads at a time the cores are busy anyway."""
         await self._reserve_for_received()
-        await self._written()
-        chunks, self._chunks, self._chunks_bytes = self._chunks, [], 0
-        self._working = asyncio.create_task(self._intake.vault.run(self._append, chunks))
+        chunks, size_bytes = self._chunks, self._chunks_bytes
+        self._chunks, self._chunks_bytes = [], 0
+        await self._in_thread(self._append, chunks)
+        self._keep_promise(min(self._promised_bytes, size_bytes))
 
     def _append(self, chunks: list[bytes]) -> None:
         self._incoming().append(chunks)
@@ -184,18 +193,13 @@ class Upload:
             self._file = IncomingFile(self._volume, self.id, self._expected)
         return self._file
 
-    async def _written(self) -> None:
-        """Waits for the batch that is being written, and keeps the volume's account of promised bytes.
-
-        Shielded: when this request is cancelled, the thread still has the file, and `abort` waits for it.
-        """
-        if self._working is not None:
-            await asyncio.shield(self._working)
-            self._working = None
-            if self._promised_bytes:
-                self._keep_promise(min(self._promised_bytes, BATCH_BYTES))
+    async def _in_thread(self, work: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
+        """Shielded: when this request is cancelled, the thread still has the file, and `abort` waits for it."""
+        self._working = asyncio.create_task(self._intake.vault.run(work, *arguments))
+        return await asyncio.shield(self._working)
 
     def _keep_promise(self, size_bytes: int) -> None:
+        """Keeps the volume's account of bytes that are announced and not yet written."""
         self._promised_bytes -= size_bytes
         self._volume.promised_bytes -= size_bytes
 
@@ -211,7 +215,7 @@ class Upload:
         def path(generation: int) -> str:
             return stored_path(self.user_id, kind, self.id, generation, file_type.extension)
 
-        generation, sha256 = await self._landed(path, 1)
+        generation, sha256 = await self._in_thread(self._land, path, 1)
         new = NewFile(
             id=self.id,
             user_id=self.user_id,
@@ -240,7 +244,7 @@ class Upload:
         def path(generation: int) -> str:
             return stored_path(self.user_id, kind, old.id, generation, file_type.extension)
 
-        generation, sha256 = await self._landed(path, old.generation + 1)
+        generation, sha256 = await self._in_thread(self._land, path, old.generation + 1)
         new = ReplacedContent(
             upload_id=self.id,
             mime_type=file_type.mime_type,
@@ -267,17 +271,11 @@ class Upload:
         if self._declared_bytes is not None and self.received_bytes != self._declared_bytes:
             raise IncompleteBody
         decided = self._resolve(kind)
-        await self._written()
         self._volume.check_writable(0)
         if not self._buffering:
             await self._reserve_for_received()
         self._stop_buffering()
         return decided
-
-    async def _landed(self, path: Callable[[int], str], generation: int) -> tuple[int, bytes]:
-        self._working = asyncio.create_task(self._intake.vault.run(self._land, path, generation))
-        landed: tuple[int, bytes] = await asyncio.shield(self._working)
-        return landed
 
     def _land(self, path: Callable[[int], str], generation: int) -> tuple[int, bytes]:
         """In a thread: the last bytes, the sync, and the first free name from `generation` on."""
@@ -332,8 +330,7 @@ class Upload:
         """Over: the row has taken the reservation's place, or time will settle it."""
         self._over = True
         self._intake.live.discard(self.id)
-        if self._promised_bytes:
-            self._keep_promise(self._promised_bytes)
+        self._keep_promise(self._promised_bytes)
 
     async def abort(self) -> None:
         """Gives back bytes and quota. Safe to call at any time and again; does nothing to a finished upload. Never raises.

@@ -29,12 +29,12 @@ from server.ledger.models import (
 )
 from server.ledger.tombstones import drop_tombstones, pending_tombstones
 from server.ledger.uploads import (
-    grow_reservation,
     live_uploads,
     open_reservation,
     release_expired,
     release_reservation,
     renew_reservations,
+    resize_reservation,
 )
 from server.ledger.users import (
     begin_erasing,
@@ -75,7 +75,6 @@ __all__ = [
     "finish_erasing",
     "get_file",
     "get_user",
-    "grow_reservation",
     "list_api_keys",
     "list_files",
     "list_users",
@@ -90,6 +89,7 @@ __all__ = [
     "release_reservation",
     "renew_reservations",
     "replace_content",
+    "resize_reservation",
     "revoke_api_key",
     "set_favorite",
     "set_quota",

@@ -6,6 +6,7 @@ Every statement runs alone, in its own transaction: a write is one round trip, a
 import asyncio
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import asyncpg
@@ -29,6 +30,8 @@ CONNECT_SECONDS = 2.0
 """How long a call waits for a connection: it must be answered within 3 s when the database is gone."""
 PATIENCE_SECONDS = 2.8
 """How long a call waits in all, for what a request does."""
+COMMIT_PATIENCE_SECONDS = 30.0
+"""The same for what commits an upload: on a busy disk a commit takes seconds, and giving up on it leaves its outcome unknown."""
 LONG_PATIENCE_SECONDS = 60.0
 """The same for what touches up to thousands of rows."""
 TRIES = 3
@@ -128,7 +131,7 @@ class Database:
                 if state in _RETRY and tries < TRIES:
                     continue
                 if state.startswith(_LOST):
-                    connection.terminate()
+                    await self._discard(connection)
                     if writes:
                         raise CommitUnknown from problem
                     if tries == 1:
@@ -139,13 +142,13 @@ class Database:
                 raise meaning from problem
             except (TimeoutError, OSError) as problem:
                 # Do not wait for the cancellation of a statement that a frozen server may never answer.
-                connection.terminate()
+                await self._discard(connection)
                 raise (CommitUnknown if writes else DatabaseUnavailable) from problem
-            except asyncpg.InterfaceError as problem:
+            except (asyncpg.InterfaceError, asyncpg.InternalClientError) as problem:
                 if isinstance(problem, ValueError):
                     raise _unstorable() from problem
-                # asyncpg found the connection closed before it sent anything.
-                connection.terminate()
+                # asyncpg found, before it sent anything, that the connection is closed or about to be (it had read PostgreSQL's farewell).
+                await self._discard(connection)
                 if tries == TRIES:
                     raise DatabaseUnavailable from problem
             finally:
@@ -156,8 +159,15 @@ class Database:
             raise DatabaseUnavailable
         try:
             return await self._pool.acquire(timeout=CONNECT_SECONDS)
-        except (TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as problem:
+        except (TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError) as problem:
             raise DatabaseUnavailable from problem
+
+    async def _discard(self, connection: "asyncpg.pool.PoolConnectionProxy[Row]") -> None:
+        """Closes a lost connection, and has the pool look afresh at the others: they were probably lost with it."""
+        with suppress(asyncpg.InterfaceError):  # the pool has let go of it already
+            connection.terminate()
+        if self._pool is not None:
+            await self._pool.expire_connections()
 
     async def _release(self, connection: "asyncpg.pool.PoolConnectionProxy[Row]") -> None:
         if self._pool is not None:

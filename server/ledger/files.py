@@ -7,7 +7,7 @@ from uuid import UUID
 import msgspec
 
 from server.errors import NotFound, PreconditionFailed
-from server.ledger.database import LONG_PATIENCE_SECONDS, Database, Row
+from server.ledger.database import COMMIT_PATIENCE_SECONDS, LONG_PATIENCE_SECONDS, Database, Row
 from server.ledger.models import File, NewFile, ReplacedContent, Tombstone
 from server.ledger.statements import statement
 
@@ -54,6 +54,7 @@ async def publish_file(db: Database, new: NewFile) -> File:
         new.tags,
         _json(new.metadata),
         new.idempotency_key,
+        patience=COMMIT_PATIENCE_SECONDS,
     )
     return _one(rows)
 
@@ -76,6 +77,7 @@ async def replace_content(db: Database, *, user_id: str, file_id: UUID, expected
         new.volume_id,
         new.file_path,
         new.generation,
+        patience=COMMIT_PATIENCE_SECONDS,
     )
     if not rows:
         await get_file(db, user_id, file_id)

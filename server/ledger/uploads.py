@@ -8,7 +8,7 @@ from server.ledger.database import LONG_PATIENCE_SECONDS, Database
 from server.ledger.statements import statement
 
 _OPEN = statement("open_reservation")
-_GROW = statement("grow_reservation")
+_RESIZE = statement("resize_reservation")
 _RENEW = statement("renew_reservations")
 _RELEASE = statement("release_reservation")
 _EXPIRED = statement("release_expired")
@@ -32,9 +32,9 @@ async def open_reservation(
     await db.write(_OPEN, upload_id, user_id, volume_id, reserved_bytes, idempotency_key, lease_seconds)
 
 
-async def grow_reservation(db: Database, upload_id: UUID, to_bytes: int) -> None:
-    """Grows a reservation to `to_bytes`; never shrinks it. Raises `QuotaExceeded`, `UserErasing`, and `NotFound` when it is gone."""
-    if not await db.write(_GROW, upload_id, to_bytes):
+async def resize_reservation(db: Database, upload_id: UUID, to_bytes: int) -> None:
+    """Makes a reservation larger or smaller. Raises `QuotaExceeded` and `UserErasing` (larger only), and `NotFound` when it is gone."""
+    if not await db.write(_RESIZE, upload_id, to_bytes):
         raise NotFound
 
 

@@ -269,8 +269,8 @@ create trigger refuse_counter_insert before insert on user_storage for each row
     execute function refuse_counter_change_v1();
 create trigger refuse_counter_change before update on user_storage for each row
     when (pg_trigger_depth() = 0
-          and (old.total_bytes, old.reserved_bytes, old.file_count, old.credit_xid, old.credit_bytes)
-              is distinct from (new.total_bytes, new.reserved_bytes, new.file_count, new.credit_xid, new.credit_bytes))
+          and (old.total_bytes <> new.total_bytes or old.reserved_bytes <> new.reserved_bytes or old.file_count <> new.file_count
+               or old.credit_xid is distinct from new.credit_xid or old.credit_bytes <> new.credit_bytes))
     execute function refuse_counter_change_v1();
 create trigger refuse_counter_change before insert or update or delete on user_storage_by_type for each row
     when (pg_trigger_depth() = 0) execute function refuse_counter_change_v1();

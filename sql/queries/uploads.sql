@@ -5,9 +5,9 @@
 insert into uploads (id, user_id, volume_id, reserved_bytes, idempotency_key, expires_at)
 values ($1, $2, $3, $4, $5, clock_timestamp() + make_interval(secs => $6));
 
--- name: grow_reservation
--- Grows a reservation; a smaller size than it holds already changes nothing.
-update uploads set reserved_bytes = greatest(reserved_bytes, $2) where id = $1 returning id;
+-- name: resize_reservation
+-- Makes a reservation larger, which the trigger may refuse, or smaller.
+update uploads set reserved_bytes = $2 where id = $1 returning id;
 
 -- name: renew_reservations
 -- Moves the end of the lease of live reservations. In the order of ids, as every statement that locks several.

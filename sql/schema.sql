@@ -1,0 +1,699 @@
+-- The database that the files of sql/migrations add up to, to be read. Do not edit it: change the database by a new migration, then
+-- write this file anew with `python -m tests.ledger.write_schema`. A test fails while the two differ.
+
+-- Functions come before the tables that they name.
+SET check_function_bodies = false;
+
+CREATE FUNCTION public.charge_usage_v1(p_user_id character varying, p_total bigint, p_reserved bigint, p_files bigint, p_admits boolean) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'public', 'pg_temp'
+    AS $$
+-- Invariant: total_bytes + reserved_bytes grows past max_bytes by no path; total_bytes is the sum of the user's file sizes.
+-- Called by: every quota trigger of user_files and uploads, once per user of a statement, in the order of user_id.
+-- Locks: the user's row of user_storage, FOR NO KEY UPDATE, to the end of the transaction. Nothing that this function or its
+--   callers lock afterwards is locked by anyone who does not hold that row.
+-- Cost: one HOT update, and one insert into usage_ledger when total_bytes changes; about 30 microseconds.
+-- Why not Python: two servers, or a server and a sysadmin's psql, would read the same total and both find room.
+--
+-- The deltas are applied, never re-summed: a sum does not see what a concurrent transaction has inserted.
+-- What a transaction releases from reservations becomes credit that only a file in the same transaction can use. So an upload
+-- publishes the bytes that it holds even after max_bytes was lowered, and no transaction grows a user who has no room.
+declare
+    this_transaction constant xid8 := pg_current_xact_id();
+    total_after bigint;
+    owner user_storage;
+begin
+    for attempt in 1..2 loop
+        update user_storage u
+           set total_bytes = u.total_bytes + p_total,
+               reserved_bytes = u.reserved_bytes + p_reserved,
+               file_count = u.file_count + p_files,
+               credit_xid = this_transaction,
+               credit_bytes = greatest(
+                   0, case when u.credit_xid = this_transaction then u.credit_bytes else 0 end - least(p_reserved, 0) - greatest(p_total, 0)
+               ),
+               updated_at = clock_timestamp()
+         where u.user_id = p_user_id
+           and (u.erasing_at is null or not p_admits)
+           and (p_total + p_reserved <= 0
+                or u.max_bytes is null
+                or u.total_bytes + u.reserved_bytes + p_total + p_reserved <= u.max_bytes
+                or (p_reserved = 0 and u.credit_xid = this_transaction and p_total <= u.credit_bytes))
+        returning u.total_bytes into total_after;
+        if found then
+            if p_total <> 0 then
+                insert into usage_ledger (user_id, changed_at, delta_bytes, total_bytes)
+                values (p_user_id, clock_timestamp(), p_total, total_after);
+            end if;
+            return;
+        end if;
+        -- Lock the row, so that the second attempt is refused for the figures that we report, or succeeds.
+        select * into owner from user_storage where user_id = p_user_id for no key update;
+        if not found then
+            return; -- The user's row is being deleted and takes its files and uploads with it: nothing is left to count.
+        end if;
+    end loop;
+    if owner.erasing_at is not null and p_admits then
+        raise exception 'user % is being erased', p_user_id
+            using errcode = 'CF003', hint = 'Wait until the user is gone; a new upload then starts a new user.';
+    end if;
+    raise exception 'quota of user % exceeded', p_user_id
+        using errcode = 'CF001',
+              detail = json_build_object(
+                  'used_bytes', owner.total_bytes + owner.reserved_bytes,
+                  'limit_bytes', owner.max_bytes,
+                  'needed_bytes', p_total + p_reserved
+              )::text,
+              hint = 'Delete files, or raise user_storage.max_bytes (null is unlimited).';
+end
+$$;
+
+CREATE FUNCTION public.delete_files_v1(p_user_id text, p_ids uuid[]) RETURNS TABLE(file_id uuid, tombstone_id bigint, volume_id uuid, file_path text)
+    LANGUAGE plpgsql
+    SET search_path TO 'public', 'pg_temp'
+    AS $$
+-- Deletes those of the user's files, appends an event for each, and returns the tombstone that the trigger left for each.
+-- A function, because the rows that a trigger inserts are invisible to the statement that fired it.
+-- Locks: the files' rows in the order of their ids, so that two overlapping deletions wait for each other instead of deadlocking;
+--   then what user_files_deleted_v1 locks.
+#variable_conflict use_column
+declare
+    deleted_ids uuid[];
+    deleted_generations integer[];
+begin
+    with locked as materialized (
+        select f.id from user_files f where f.user_id = p_user_id and f.id = any (p_ids) order by f.id for update
+    ), gone as (
+        delete from user_files f using locked l where f.id = l.id returning f.id, f.generation, f.file_type, f.file_size
+    ), noted as (
+        insert into events (user_id, type, file_id, payload)
+        select p_user_id, 'file.deleted', g.id, jsonb_build_object('file_type', g.file_type, 'file_size', g.file_size) from gone g
+    )
+    select array_agg(g.id), array_agg(g.generation) into deleted_ids, deleted_generations from gone g;
+    return query
+        select t.file_id, t.id, t.volume_id, t.file_path
+          from unnest(deleted_ids, deleted_generations) g (id, generation)
+          join tombstones t on t.file_id = g.id and t.generation = g.generation;
+end
+$$;
+
+CREATE FUNCTION public.name_suffixes_v1(p_name text) RETURNS SETOF text
+    LANGUAGE sql IMMUTABLE ROWS 4 PARALLEL SAFE
+    SET search_path TO 'public', 'pg_temp'
+    AS $$
+-- The distinct search keys of a name: from each of its first eight words on.
+select distinct search_key_v1(w.words[i:])
+  from (select name_words_v1(p_name)) w (words), generate_series(1, least(8, cardinality(w.words))) i
+$$;
+
+CREATE FUNCTION public.name_words_v1(p_name text) RETURNS text[]
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    AS $$
+-- The lower-cased words of a name. ASCII punctuation, spaces and the ideographic space separate words; everything else belongs
+-- to one, whatever the database's locale says about letters.
+select array_remove(regexp_split_to_array(lower(p_name), '[\x01-\x2f\x3a-\x40\x5b-\x60\x7b-\x7f\u3000]+'), '')
+$$;
+
+CREATE FUNCTION public.refuse_counter_change_v1() RETURNS trigger
+    LANGUAGE plpgsql
+    AS $$
+-- Invariant: the counters are what the triggers made them.
+-- Fires: before each row that a statement outside any trigger would change in user_storage_by_type or in the counters of user_storage.
+-- Locks: none. Cost: the WHEN clauses, under a microsecond.
+-- Why not Python: only psql writes here.
+begin
+    raise exception 'counters of % are kept by triggers', tg_table_name
+        using errcode = 'CF004', hint = 'Change user_files or uploads instead; max_bytes and tier may be set by hand.';
+end
+$$;
+
+CREATE FUNCTION public.refuse_truncate_v1() RETURNS trigger
+    LANGUAGE plpgsql
+    AS $$
+-- Invariant: rows leave only by DELETE, which gives quota back and leaves tombstones.
+-- Fires: before TRUNCATE, once per statement. Locks: none beyond TRUNCATE's own. Cost: none.
+-- Why not Python: only psql truncates.
+begin
+    raise exception 'TRUNCATE of % is refused', tg_table_name
+        using errcode = 'CF002', hint = 'Use DELETE: it gives quota back and remembers the stored files to remove.';
+end
+$$;
+
+CREATE FUNCTION public.search_key_v1(p_words text[]) RETURNS text
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    AS $$
+-- What is stored and compared for words in a row. 64 characters bound the size of an index row.
+select left(array_to_string(p_words, ' '), 64)
+$$;
+
+CREATE FUNCTION public.uploads_deleted_v1() RETURNS trigger
+    LANGUAGE plpgsql
+    SET search_path TO 'public', 'pg_temp'
+    AS $$
+-- Invariant: a reservation gives back exactly what it holds, exactly once.
+-- Fires: after each DELETE from uploads, once per statement.
+-- Locks: the users' rows, in the order of user_id.
+-- Cost: charge_usage_v1 per user.
+-- Why not Python: expiry, publishing, cascades and psql all end reservations, at the same moment.
+declare
+    each record;
+begin
+    for each in
+        select o.user_id, sum(o.reserved_bytes)::bigint as bytes from old_rows o group by o.user_id order by o.user_id
+    loop
+        perform charge_usage_v1(each.user_id, 0, -each.bytes, 0, false);
+    end loop;
+    return null;
+end
+$$;
+
+CREATE FUNCTION public.uploads_inserted_v1() RETURNS trigger
+    LANGUAGE plpgsql
+    SET search_path TO 'public', 'pg_temp'
+    AS $$
+-- Invariant: a reservation is admitted only where total_bytes + reserved_bytes leaves room for it.
+-- Fires: after each INSERT into uploads, once per statement.
+-- Locks: the users' rows, in the order of user_id.
+-- Cost: charge_usage_v1 per user.
+-- Why not Python: see charge_usage_v1.
+declare
+    each record;
+begin
+    for each in
+        select n.user_id, sum(n.reserved_bytes)::bigint as bytes from new_rows n group by n.user_id order by n.user_id
+    loop
+        perform charge_usage_v1(each.user_id, 0, each.bytes, 0, true);
+    end loop;
+    return null;
+end
+$$;
+
+CREATE FUNCTION public.uploads_updated_v1() RETURNS trigger
+    LANGUAGE plpgsql
+    SET search_path TO 'public', 'pg_temp'
+    AS $$
+-- Invariant: a reservation that grows is admitted like a new one; one that shrinks or moves to another user takes its bytes along.
+-- Fires: after each UPDATE of uploads, once per statement; the renewal of a lease changes nothing counted.
+-- Locks: the users' rows, in the order of user_id; none for a renewal.
+-- Cost: charge_usage_v1 per user.
+-- Why not Python: see charge_usage_v1.
+declare
+    each record;
+begin
+    for each in
+        select d.user_id, sum(d.bytes)::bigint as bytes
+          from (select n.user_id, n.reserved_bytes as bytes from new_rows n
+                union all
+                select o.user_id, -o.reserved_bytes from old_rows o) d
+         group by d.user_id having sum(d.bytes) <> 0
+         order by d.user_id
+    loop
+        perform charge_usage_v1(each.user_id, 0, each.bytes, 0, each.bytes > 0);
+    end loop;
+    return null;
+end
+$$;
+
+CREATE FUNCTION public.user_files_deleted_v1() RETURNS trigger
+    LANGUAGE plpgsql
+    SET search_path TO 'public', 'pg_temp'
+    AS $$
+-- Invariant: a deleted row gives its quota back exactly once and leaves a tombstone, so that its bytes are removed even if
+--   the process dies now, and even if the row went by psql or by a cascade.
+-- Fires: after each DELETE from user_files, once per statement.
+-- Locks: as user_files_inserted_v1.
+-- Cost: charge_usage_v1 per user, one update per type, one insert per file.
+-- Why not Python: a sysadmin's DELETE and a cascade do not pass through it.
+declare
+    each record;
+begin
+    for each in
+        select o.user_id, sum(o.file_size)::bigint as bytes, count(*) as files from old_rows o group by o.user_id order by o.user_id
+    loop
+        perform charge_usage_v1(each.user_id, -each.bytes, 0, -each.files, false);
+    end loop;
+    update user_storage_by_type t
+       set file_count = t.file_count - gone.files, total_bytes = t.total_bytes - gone.bytes
+      from (select o.user_id, o.file_type, o.mime_type, count(*) as files, sum(o.file_size) as bytes
+              from old_rows o group by o.user_id, o.file_type, o.mime_type) gone
+     where t.user_id = gone.user_id and t.file_type = gone.file_type and t.mime_type = gone.mime_type;
+    insert into tombstones (volume_id, file_path, file_id, generation)
+    select o.volume_id, o.file_path, o.id, o.generation from old_rows o;
+    return null;
+end
+$$;
+
+CREATE FUNCTION public.user_files_index_deleted_v1() RETURNS trigger
+    LANGUAGE plpgsql
+    SET search_path TO 'public', 'pg_temp'
+    AS $$
+-- Invariant, locks and reason: as user_files_index_inserted_v1.
+-- Fires: after each DELETE from user_files, once per statement. Cost: one index probe per tag and per word.
+begin
+    delete from user_file_tags d
+     using (select distinct o.user_id, t.tag, o.upload_date, o.id from old_rows o, unnest(o.tags) t (tag)) gone
+     where d.user_id = gone.user_id and d.tag = gone.tag and d.upload_date = gone.upload_date and d.file_id = gone.id;
+    delete from user_file_words d
+     using (select o.user_id, w.suffix, o.id from old_rows o, name_suffixes_v1(o.file_name) w (suffix)) gone
+     where d.user_id = gone.user_id and d.suffix_key = gone.suffix and d.file_id = gone.id;
+    return null;
+end
+$$;
+
+CREATE FUNCTION public.user_files_index_inserted_v1() RETURNS trigger
+    LANGUAGE plpgsql
+    SET search_path TO 'public', 'pg_temp'
+    AS $$
+-- Invariant: user_file_tags and user_file_words hold exactly what the rows of user_files say.
+-- Fires: after each INSERT or COPY into user_files, once per statement, after the quota trigger (triggers fire by name).
+-- Locks: the new rows only. Cost: per tag four index entries, per word two writes; about 50 microseconds for a plain name.
+-- Why not Python: lists must stay true after direct SQL.
+begin
+    insert into user_file_tags (user_id, tag, upload_date, name_key, file_size, file_id)
+    select distinct n.user_id, t.tag, n.upload_date, n.name_key, n.file_size, n.id from new_rows n, unnest(n.tags) t (tag);
+    insert into user_file_words (user_id, suffix_key, file_id)
+    select n.user_id, w.suffix, n.id from new_rows n, name_suffixes_v1(n.file_name) w (suffix);
+    return null;
+end
+$$;
+
+CREATE FUNCTION public.user_files_index_updated_v1() RETURNS trigger
+    LANGUAGE plpgsql
+    SET search_path TO 'public', 'pg_temp'
+    AS $$
+-- Invariant, locks and reason: as user_files_index_inserted_v1.
+-- Fires: after each UPDATE of user_files, once per statement. Cost: about 20 microseconds when nothing indexed changes.
+begin
+    if exists (
+        select from old_rows o full join new_rows n using (id)
+         where (o.user_id, o.tags, o.upload_date, o.name_key, o.file_size)
+               is distinct from (n.user_id, n.tags, n.upload_date, n.name_key, n.file_size)
+    ) then
+        delete from user_file_tags d
+         using (select o.user_id, t.tag, o.upload_date, o.name_key, o.file_size, o.id from old_rows o, unnest(o.tags) t (tag)
+                except
+                select n.user_id, t.tag, n.upload_date, n.name_key, n.file_size, n.id from new_rows n, unnest(n.tags) t (tag)) gone
+         where d.user_id = gone.user_id and d.tag = gone.tag and d.upload_date = gone.upload_date and d.file_id = gone.id;
+        insert into user_file_tags (user_id, tag, upload_date, name_key, file_size, file_id)
+        select n.user_id, t.tag, n.upload_date, n.name_key, n.file_size, n.id from new_rows n, unnest(n.tags) t (tag)
+        except
+        select o.user_id, t.tag, o.upload_date, o.name_key, o.file_size, o.id from old_rows o, unnest(o.tags) t (tag);
+    end if;
+    if exists (
+        select from old_rows o full join new_rows n using (id) where (o.user_id, o.file_name) is distinct from (n.user_id, n.file_name)
+    ) then
+        delete from user_file_words d
+         using (select o.user_id, w.suffix, o.id from old_rows o, name_suffixes_v1(o.file_name) w (suffix)
+                except
+                select n.user_id, w.suffix, n.id from new_rows n, name_suffixes_v1(n.file_name) w (suffix)) gone
+         where d.user_id = gone.user_id and d.suffix_key = gone.suffix and d.file_id = gone.id;
+        insert into user_file_words (user_id, suffix_key, file_id)
+        select n.user_id, w.suffix, n.id from new_rows n, name_suffixes_v1(n.file_name) w (suffix)
+        except
+        select o.user_id, w.suffix, o.id from old_rows o, name_suffixes_v1(o.file_name) w (suffix);
+    end if;
+    return null;
+end
+$$;
+
+CREATE FUNCTION public.user_files_inserted_v1() RETURNS trigger
+    LANGUAGE plpgsql
+    SET search_path TO 'public', 'pg_temp'
+    AS $$
+-- Invariant: a file is admitted within quota, and counted once: in user_storage, in user_storage_by_type, in usage_ledger.
+-- Fires: after each INSERT or COPY into user_files, once per statement.
+-- Locks: the users' rows, in the order of user_id; then their rows of user_storage_by_type, which nobody else locks first.
+-- Cost: charge_usage_v1 per user and one upsert per type; about 80 microseconds for one file.
+-- Why not Python: see charge_usage_v1.
+declare
+    each record;
+begin
+    for each in
+        select n.user_id, sum(n.file_size)::bigint as bytes, count(*) as files from new_rows n group by n.user_id order by n.user_id
+    loop
+        perform charge_usage_v1(each.user_id, each.bytes, 0, each.files, true);
+    end loop;
+    insert into user_storage_by_type as t (user_id, file_type, mime_type, file_count, total_bytes)
+    select n.user_id, n.file_type, n.mime_type, count(*), sum(n.file_size) from new_rows n group by n.user_id, n.file_type, n.mime_type
+    on conflict (user_id, file_type, mime_type)
+    do update set file_count = t.file_count + excluded.file_count, total_bytes = t.total_bytes + excluded.total_bytes;
+    return null;
+end
+$$;
+
+CREATE FUNCTION public.user_files_updated_v1() RETURNS trigger
+    LANGUAGE plpgsql
+    SET search_path TO 'public', 'pg_temp'
+    AS $$
+-- Invariant: a change of size, owner or type moves exactly that difference; a path that no row names any more gets a tombstone.
+-- Fires: after each UPDATE of user_files, once per statement. (PostgreSQL allows no column list beside transition tables.)
+-- Locks: as user_files_inserted_v1; none when no size, owner, type or path changes.
+-- Cost: about 40 microseconds when nothing counted changes; else as an insert and a delete.
+-- Why not Python: see charge_usage_v1.
+declare
+    each record;
+begin
+    if not exists (
+        select from old_rows o full join new_rows n using (id)
+         where (o.user_id, o.file_size, o.file_type, o.mime_type, o.volume_id, o.file_path)
+               is distinct from (n.user_id, n.file_size, n.file_type, n.mime_type, n.volume_id, n.file_path)
+    ) then
+        return null;
+    end if;
+    for each in
+        select d.user_id, sum(d.bytes)::bigint as bytes, sum(d.files)::bigint as files
+          from (select n.user_id, n.file_size as bytes, 1 as files from new_rows n
+                union all
+                select o.user_id, -o.file_size, -1 from old_rows o) d
+         group by d.user_id having sum(d.bytes) <> 0 or sum(d.files) <> 0
+         order by d.user_id
+    loop
+        perform charge_usage_v1(each.user_id, each.bytes, 0, each.files, each.bytes > 0 or each.files > 0);
+    end loop;
+    insert into user_storage_by_type (user_id, file_type, mime_type, file_count, total_bytes)
+    select distinct n.user_id, n.file_type, n.mime_type, 0, 0 from new_rows n
+    on conflict (user_id, file_type, mime_type) do nothing;
+    update user_storage_by_type t
+       set file_count = t.file_count + d.files, total_bytes = t.total_bytes + d.bytes
+      from (select m.user_id, m.file_type, m.mime_type, sum(m.bytes) as bytes, sum(m.files) as files
+              from (select n.user_id, n.file_type, n.mime_type, n.file_size as bytes, 1 as files from new_rows n
+                    union all
+                    select o.user_id, o.file_type, o.mime_type, -o.file_size, -1 from old_rows o) m
+             group by m.user_id, m.file_type, m.mime_type having sum(m.bytes) <> 0 or sum(m.files) <> 0) d
+     where t.user_id = d.user_id and t.file_type = d.file_type and t.mime_type = d.mime_type;
+    insert into tombstones (volume_id, file_path, file_id, generation)
+    select o.volume_id, o.file_path, o.id, o.generation from old_rows o
+     where not exists (select from new_rows n where n.volume_id = o.volume_id and n.file_path = o.file_path);
+    return null;
+end
+$$;
+
+CREATE TABLE public.api_keys (
+    key_id text NOT NULL,
+    name text NOT NULL,
+    secret_sha256 bytea NOT NULL,
+    scopes text[] NOT NULL,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    expires_at timestamp with time zone,
+    revoked_at timestamp with time zone,
+    last_used_at timestamp with time zone,
+    CONSTRAINT api_keys_secret_sha256_is_32_bytes CHECK ((octet_length(secret_sha256) = 32))
+);
+
+CREATE TABLE public.events (
+    id bigint NOT NULL,
+    user_id character varying(255) NOT NULL,
+    type text NOT NULL,
+    file_id uuid,
+    payload jsonb DEFAULT '{}'::jsonb NOT NULL,
+    created_at timestamp with time zone DEFAULT now() NOT NULL
+);
+
+ALTER TABLE public.events ALTER COLUMN id ADD GENERATED ALWAYS AS IDENTITY (
+    SEQUENCE NAME public.events_id_seq
+    START WITH 1
+    INCREMENT BY 1
+    NO MINVALUE
+    NO MAXVALUE
+    CACHE 1
+);
+
+CREATE TABLE public.tombstones (
+    id bigint NOT NULL,
+    volume_id uuid NOT NULL,
+    file_path text NOT NULL,
+    file_id uuid NOT NULL,
+    generation integer NOT NULL,
+    created_at timestamp with time zone DEFAULT now() NOT NULL
+);
+
+ALTER TABLE public.tombstones ALTER COLUMN id ADD GENERATED ALWAYS AS IDENTITY (
+    SEQUENCE NAME public.tombstones_id_seq
+    START WITH 1
+    INCREMENT BY 1
+    NO MINVALUE
+    NO MAXVALUE
+    CACHE 1
+);
+
+CREATE TABLE public.uploads (
+    id uuid NOT NULL,
+    user_id character varying(255) NOT NULL,
+    volume_id uuid NOT NULL,
+    reserved_bytes bigint NOT NULL,
+    idempotency_key character varying(255),
+    expires_at timestamp with time zone NOT NULL,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    CONSTRAINT uploads_reserved_bytes_not_negative CHECK ((reserved_bytes >= 0))
+);
+
+CREATE TABLE public.usage_ledger (
+    id bigint NOT NULL,
+    user_id character varying(255) NOT NULL,
+    changed_at timestamp with time zone NOT NULL,
+    delta_bytes bigint NOT NULL,
+    total_bytes bigint NOT NULL
+);
+
+ALTER TABLE public.usage_ledger ALTER COLUMN id ADD GENERATED ALWAYS AS IDENTITY (
+    SEQUENCE NAME public.usage_ledger_id_seq
+    START WITH 1
+    INCREMENT BY 1
+    NO MINVALUE
+    NO MAXVALUE
+    CACHE 1
+);
+
+CREATE TABLE public.user_file_tags (
+    user_id character varying(255) NOT NULL,
+    tag character varying(255) NOT NULL,
+    upload_date timestamp with time zone NOT NULL,
+    name_key text NOT NULL COLLATE pg_catalog."C",
+    file_size bigint NOT NULL,
+    file_id uuid NOT NULL
+);
+
+CREATE TABLE public.user_file_words (
+    user_id character varying(255) NOT NULL,
+    suffix_key text NOT NULL COLLATE pg_catalog."C",
+    file_id uuid NOT NULL
+);
+
+CREATE TABLE public.user_files (
+    id uuid NOT NULL,
+    user_id character varying(255) NOT NULL,
+    file_name character varying(500) NOT NULL,
+    file_type text NOT NULL,
+    mime_type character varying(127) NOT NULL,
+    file_size bigint NOT NULL,
+    sha256 bytea NOT NULL,
+    volume_id uuid NOT NULL,
+    file_path text NOT NULL,
+    generation integer DEFAULT 1 NOT NULL,
+    thumbnail_path text,
+    resolution text,
+    width integer,
+    height integer,
+    duration text,
+    duration_seconds double precision,
+    package_name character varying(255),
+    tags text[] DEFAULT '{}'::text[] NOT NULL,
+    is_favorite boolean DEFAULT false NOT NULL,
+    metadata jsonb DEFAULT '{}'::jsonb NOT NULL,
+    idempotency_key character varying(255),
+    upload_date timestamp with time zone DEFAULT now() NOT NULL,
+    content_changed_at timestamp with time zone DEFAULT now() NOT NULL,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    updated_at timestamp with time zone DEFAULT now() NOT NULL,
+    name_key text GENERATED ALWAYS AS ("left"(lower((file_name)::text), 100)) STORED NOT NULL COLLATE pg_catalog."C",
+    CONSTRAINT user_files_duration_seconds_not_negative CHECK ((duration_seconds >= (0)::double precision)),
+    CONSTRAINT user_files_file_name_not_empty CHECK (((file_name)::text <> ''::text)),
+    CONSTRAINT user_files_file_size_not_negative CHECK ((file_size >= 0)),
+    CONSTRAINT user_files_file_type_known CHECK ((file_type = ANY (ARRAY['video'::text, 'image'::text, 'scene'::text, 'project'::text, 'audio'::text]))),
+    CONSTRAINT user_files_generation_positive CHECK ((generation > 0)),
+    CONSTRAINT user_files_height_positive CHECK ((height > 0)),
+    CONSTRAINT user_files_metadata_is_object CHECK ((jsonb_typeof(metadata) = 'object'::text)),
+    CONSTRAINT user_files_mime_type_plain CHECK (((mime_type)::text ~ '^[a-z0-9.+-]+/[a-z0-9.+_-]+$'::text)),
+    CONSTRAINT user_files_path_names_the_row CHECK ((POSITION(((((('/'::text || id) || '.'::text) || generation) || '.'::text)) IN (file_path)) > 0)),
+    CONSTRAINT user_files_sha256_is_32_bytes CHECK ((octet_length(sha256) = 32)),
+    CONSTRAINT user_files_width_positive CHECK ((width > 0))
+);
+
+CREATE TABLE public.user_storage (
+    user_id character varying(255) NOT NULL,
+    tier text DEFAULT 'standard'::text NOT NULL,
+    max_bytes bigint DEFAULT '10737418240'::bigint,
+    total_bytes bigint DEFAULT 0 NOT NULL,
+    reserved_bytes bigint DEFAULT 0 NOT NULL,
+    file_count bigint DEFAULT 0 NOT NULL,
+    credit_xid xid8,
+    credit_bytes bigint DEFAULT 0 NOT NULL,
+    volume_id uuid,
+    erasing_at timestamp with time zone,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    updated_at timestamp with time zone DEFAULT now() NOT NULL,
+    CONSTRAINT user_storage_credit_bytes_not_negative CHECK ((credit_bytes >= 0)),
+    CONSTRAINT user_storage_file_count_not_negative CHECK ((file_count >= 0)),
+    CONSTRAINT user_storage_max_bytes_not_negative CHECK ((max_bytes >= 0)),
+    CONSTRAINT user_storage_reserved_bytes_not_negative CHECK ((reserved_bytes >= 0)),
+    CONSTRAINT user_storage_total_bytes_not_negative CHECK ((total_bytes >= 0)),
+    CONSTRAINT user_storage_user_id_printable CHECK (((user_id)::text ~ '^[^\x01-\x1f\x7f]+$'::text))
+)
+WITH (fillfactor='70');
+
+CREATE TABLE public.user_storage_by_type (
+    user_id character varying(255) NOT NULL,
+    file_type text NOT NULL,
+    mime_type text NOT NULL,
+    file_count bigint NOT NULL,
+    total_bytes bigint NOT NULL,
+    CONSTRAINT user_storage_by_type_file_count_not_negative CHECK ((file_count >= 0)),
+    CONSTRAINT user_storage_by_type_total_bytes_not_negative CHECK ((total_bytes >= 0))
+)
+WITH (fillfactor='70');
+
+CREATE TABLE public.volumes (
+    id uuid NOT NULL,
+    mount_path text NOT NULL,
+    state text DEFAULT 'open'::text NOT NULL,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    CONSTRAINT volumes_mount_path_absolute CHECK ((mount_path ~~ '/%'::text)),
+    CONSTRAINT volumes_state_known CHECK ((state = ANY (ARRAY['open'::text, 'read_only'::text])))
+);
+
+ALTER TABLE ONLY public.api_keys
+    ADD CONSTRAINT api_keys_pkey PRIMARY KEY (key_id);
+
+ALTER TABLE ONLY public.events
+    ADD CONSTRAINT events_pkey PRIMARY KEY (id);
+
+ALTER TABLE ONLY public.tombstones
+    ADD CONSTRAINT tombstones_pkey PRIMARY KEY (id);
+
+ALTER TABLE ONLY public.uploads
+    ADD CONSTRAINT uploads_pkey PRIMARY KEY (id);
+
+ALTER TABLE ONLY public.usage_ledger
+    ADD CONSTRAINT usage_ledger_pkey PRIMARY KEY (id);
+
+ALTER TABLE ONLY public.user_file_tags
+    ADD CONSTRAINT user_file_tags_pkey PRIMARY KEY (user_id, tag, upload_date, file_id);
+
+ALTER TABLE ONLY public.user_file_words
+    ADD CONSTRAINT user_file_words_pkey PRIMARY KEY (user_id, suffix_key, file_id);
+
+ALTER TABLE ONLY public.user_files
+    ADD CONSTRAINT user_files_pkey PRIMARY KEY (id);
+
+ALTER TABLE ONLY public.user_storage_by_type
+    ADD CONSTRAINT user_storage_by_type_pkey PRIMARY KEY (user_id, file_type, mime_type);
+
+ALTER TABLE ONLY public.user_storage
+    ADD CONSTRAINT user_storage_pkey PRIMARY KEY (user_id);
+
+ALTER TABLE ONLY public.volumes
+    ADD CONSTRAINT volumes_pkey PRIMARY KEY (id);
+
+CREATE INDEX events_by_user ON public.events USING btree (user_id, id);
+
+CREATE INDEX tombstones_by_file ON public.tombstones USING btree (file_id, generation);
+
+CREATE INDEX uploads_expires_at ON public.uploads USING btree (expires_at);
+
+CREATE UNIQUE INDEX uploads_idempotency_key ON public.uploads USING btree (user_id, idempotency_key);
+
+CREATE INDEX usage_ledger_by_user ON public.usage_ledger USING btree (user_id, id);
+
+CREATE INDEX user_file_tags_name ON public.user_file_tags USING btree (user_id, tag, name_key, file_id);
+
+CREATE INDEX user_file_tags_size ON public.user_file_tags USING btree (user_id, tag, file_size, file_id);
+
+CREATE INDEX user_files_created ON public.user_files USING btree (user_id, upload_date, id);
+
+CREATE INDEX user_files_favorite_created ON public.user_files USING btree ((
+CASE
+    WHEN is_favorite THEN user_id
+    ELSE NULL::character varying
+END), upload_date, id) WHERE is_favorite;
+
+CREATE INDEX user_files_favorite_name ON public.user_files USING btree ((
+CASE
+    WHEN is_favorite THEN user_id
+    ELSE NULL::character varying
+END), name_key, id) WHERE is_favorite;
+
+CREATE INDEX user_files_favorite_size ON public.user_files USING btree ((
+CASE
+    WHEN is_favorite THEN user_id
+    ELSE NULL::character varying
+END), file_size, id) WHERE is_favorite;
+
+CREATE UNIQUE INDEX user_files_idempotency_key ON public.user_files USING btree (user_id, idempotency_key) WHERE (idempotency_key IS NOT NULL);
+
+CREATE INDEX user_files_name ON public.user_files USING btree (user_id, name_key, id);
+
+CREATE INDEX user_files_package_created ON public.user_files USING btree (((((user_id)::text || ''::text) || (package_name)::text)), upload_date, id) WHERE (package_name IS NOT NULL);
+
+CREATE INDEX user_files_package_name ON public.user_files USING btree (((((user_id)::text || ''::text) || (package_name)::text)), name_key, id) WHERE (package_name IS NOT NULL);
+
+CREATE INDEX user_files_package_size ON public.user_files USING btree (((((user_id)::text || ''::text) || (package_name)::text)), file_size, id) WHERE (package_name IS NOT NULL);
+
+CREATE INDEX user_files_size ON public.user_files USING btree (user_id, file_size, id);
+
+CREATE INDEX user_files_type_created ON public.user_files USING btree ((((((file_type || ':'::text) || (mime_type)::text) || ':'::text) || (user_id)::text)), upload_date, id);
+
+CREATE INDEX user_files_type_name ON public.user_files USING btree ((((((file_type || ':'::text) || (mime_type)::text) || ':'::text) || (user_id)::text)), name_key, id);
+
+CREATE INDEX user_files_type_size ON public.user_files USING btree ((((((file_type || ':'::text) || (mime_type)::text) || ':'::text) || (user_id)::text)), file_size, id);
+
+CREATE INDEX user_storage_erasing ON public.user_storage USING btree (user_id) WHERE (erasing_at IS NOT NULL);
+
+CREATE TRIGGER quota_deleted AFTER DELETE ON public.uploads REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.uploads_deleted_v1();
+
+CREATE TRIGGER quota_deleted AFTER DELETE ON public.user_files REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.user_files_deleted_v1();
+
+CREATE TRIGGER quota_inserted AFTER INSERT ON public.uploads REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.uploads_inserted_v1();
+
+CREATE TRIGGER quota_inserted AFTER INSERT ON public.user_files REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.user_files_inserted_v1();
+
+CREATE TRIGGER quota_updated AFTER UPDATE ON public.uploads REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.uploads_updated_v1();
+
+CREATE TRIGGER quota_updated AFTER UPDATE ON public.user_files REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.user_files_updated_v1();
+
+CREATE TRIGGER refuse_counter_change BEFORE UPDATE ON public.user_storage FOR EACH ROW WHEN (((pg_trigger_depth() = 0) AND ((old.total_bytes <> new.total_bytes) OR (old.reserved_bytes <> new.reserved_bytes) OR (old.file_count <> new.file_count) OR (old.credit_xid IS DISTINCT FROM new.credit_xid) OR (old.credit_bytes <> new.credit_bytes)))) EXECUTE FUNCTION public.refuse_counter_change_v1();
+
+CREATE TRIGGER refuse_counter_change BEFORE INSERT OR DELETE OR UPDATE ON public.user_storage_by_type FOR EACH ROW WHEN ((pg_trigger_depth() = 0)) EXECUTE FUNCTION public.refuse_counter_change_v1();
+
+CREATE TRIGGER refuse_counter_insert BEFORE INSERT ON public.user_storage FOR EACH ROW WHEN (((new.total_bytes <> 0) OR (new.reserved_bytes <> 0) OR (new.file_count <> 0) OR (new.credit_bytes <> 0))) EXECUTE FUNCTION public.refuse_counter_change_v1();
+
+CREATE TRIGGER refuse_truncate BEFORE TRUNCATE ON public.uploads FOR EACH STATEMENT EXECUTE FUNCTION public.refuse_truncate_v1();
+
+CREATE TRIGGER refuse_truncate BEFORE TRUNCATE ON public.user_files FOR EACH STATEMENT EXECUTE FUNCTION public.refuse_truncate_v1();
+
+CREATE TRIGGER refuse_truncate BEFORE TRUNCATE ON public.user_storage FOR EACH STATEMENT EXECUTE FUNCTION public.refuse_truncate_v1();
+
+CREATE TRIGGER refuse_truncate BEFORE TRUNCATE ON public.user_storage_by_type FOR EACH STATEMENT EXECUTE FUNCTION public.refuse_truncate_v1();
+
+CREATE TRIGGER search_deleted AFTER DELETE ON public.user_files REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.user_files_index_deleted_v1();
+
+CREATE TRIGGER search_inserted AFTER INSERT ON public.user_files REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.user_files_index_inserted_v1();
+
+CREATE TRIGGER search_updated AFTER UPDATE ON public.user_files REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.user_files_index_updated_v1();
+
+ALTER TABLE ONLY public.uploads
+    ADD CONSTRAINT uploads_owner FOREIGN KEY (user_id) REFERENCES public.user_storage(user_id) ON DELETE CASCADE;
+
+ALTER TABLE ONLY public.uploads
+    ADD CONSTRAINT uploads_volume FOREIGN KEY (volume_id) REFERENCES public.volumes(id);
+
+ALTER TABLE ONLY public.user_files
+    ADD CONSTRAINT user_files_owner FOREIGN KEY (user_id) REFERENCES public.user_storage(user_id) ON DELETE CASCADE;
+
+ALTER TABLE ONLY public.user_files
+    ADD CONSTRAINT user_files_volume FOREIGN KEY (volume_id) REFERENCES public.volumes(id);
+
+ALTER TABLE ONLY public.user_storage_by_type
+    ADD CONSTRAINT user_storage_by_type_owner FOREIGN KEY (user_id) REFERENCES public.user_storage(user_id) ON DELETE CASCADE;
+
+ALTER TABLE ONLY public.user_storage
+    ADD CONSTRAINT user_storage_volume FOREIGN KEY (volume_id) REFERENCES public.volumes(id);

@@ -1,0 +1,230 @@
+"""A real server in a process of its own, with its own database and volume, for tests that speak HTTP to it."""
+
+import asyncio
+import hashlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import quote
+
+import asyncpg
+import httpx
+import pytest
+
+from server.auth import NewApiKey, Scope
+from server.ledger import Database, add_volume, create_api_key, migrate
+from server.settings import Settings
+from server.vault.sentinel import init_volume
+from tests.waiting import until
+
+READY_SECONDS = 10
+ALL_SCOPES = [scope.value for scope in Scope]
+
+DEFAULTS = {
+    "COFFER_MAX_FILE_BYTES": str(6 * 2**20),
+    "COFFER_RESERVATION_LEASE_SECONDS": "5",
+    "COFFER_VOLUME_RESERVE_BYTES": str(2**20),
+}
+
+
+class RunningServer:
+    """A server that can be stopped, killed and started again on the same port, with the same data."""
+
+    def __init__(self, database_url: str, volume: Path, log: Path, api_key: str, environment: dict[str, str]) -> None:
+        self.database_url = database_url
+        self.volume = volume
+        self.log = log
+        self.api_key = api_key
+        self.host = "127.0.0.1"
+        self.port = _free_port()
+        self._environment = DEFAULTS | environment
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self, *, wait_ready: bool = True) -> None:
+        """Starts it, and waits until it is ready, or only until it is live."""
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("COFFER_", "DATABASE_URL", "PG"))}
+        environment |= self._environment
+        environment |= {"COFFER_DATABASE_URL": self.database_url, "COFFER_HOST": self.host, "COFFER_PORT": str(self.port)}
+        # It must not outlive the tests, however they end; in its own session, so that its own children can be ended with it.
+        command = ["setpriv", "--pdeathsig", "KILL", sys.executable, "-m", "server.cli", "serve"]
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        path = "/health/ready" if wait_ready else "/health/live"
+        try:
+            until(lambda: self._answers(path), timeout_seconds=READY_SECONDS)
+        except AssertionError:
+            raise AssertionError(f"not ready within {READY_SECONDS} s; its log:\n{self.logged()[-5000:]}") from None
+
+    def _answers(self, path: str) -> bool:
+        assert self._process is not None
+        assert self._process.poll() is None, f"it ended by itself; its log:\n{self.logged()[-5000:]}"
+        try:
+            return httpx.get(f"{self.url}{path}", timeout=5).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def stop(self) -> None:
+        """SIGTERM, and waits until it has ended."""
+        if self._process is not None:
+            self._process.terminate()
+            try:
+                self._process.wait(40)
+            except subprocess.TimeoutExpired:
+                self.kill()
+                raise AssertionError(f"it did not stop; its log:\n{self.logged()[-5000:]}") from None
+            self._process = None
+
+    def kill(self) -> None:
+        """SIGKILL, to it and its children."""
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()
+
+    def client(self, user_id: str | None = None, *, timeout: float = 10, api_key: str | None = None) -> httpx.Client:
+        """An HTTP client with an API key (of all scopes, unless another is given) that acts for that user."""
+        headers = {"Authorization": f"Bearer {api_key or self.api_key}"}
+        raw_headers = [(name.encode(), value.encode()) for name, value in headers.items()]
+        if user_id is not None:
+            raw_headers.append((b"X-User-Id", user_id.encode()))
+        return httpx.Client(base_url=self.url, headers=raw_headers, timeout=timeout)
+
+    def new_key(self, *scopes: Scope) -> str:
+        """Another API key, with these scopes."""
+        return asyncio.run(_create_key(self.database_url, [scope.value for scope in scopes]))
+
+    def set_quota(self, user_id: str, max_bytes: int | None) -> None:
+        with self.client() as admin:
+            admin.put(f"/api/users/{quote(user_id, safe='')}/quota", json={"max_bytes": max_bytes}).raise_for_status()
+
+    def stored_paths(self) -> list[Path]:
+        """Every stored file."""
+        return [path for path in (self.volume / "users").glob("*/*/*") if path.is_file()]
+
+    def stored_files(self) -> set[str]:
+        """The SHA-256 of every stored file's bytes."""
+        found = set()
+        for path in self.stored_paths():
+            with path.open("rb") as file:
+                found.add(hashlib.file_digest(file, "sha256").hexdigest())
+        return found
+
+    def incoming(self) -> list[str]:
+        """What lies in incoming/."""
+        return sorted(path.name for path in (self.volume / "incoming").iterdir())
+
+    def settle(self) -> None:
+        """Waits until housekeeping has released what a crash left reserved and removed what it left to bury."""
+        left = "select (select count(*) from tombstones) + (select count(*) from uploads) as left"
+        until(lambda: execute(self.database_url, left)[0]["left"] == 0, timeout_seconds=60)
+
+    def logged(self) -> str:
+        return self.log.read_text()
+
+    def peak_memory_bytes(self) -> int:
+        """The most memory that was ever resident."""
+        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+        raise AssertionError("the kernel does not tell")
+
+
+class ServerFactory(Protocol):
+    """Starts a server that the test's end stops. Keyword arguments in capitals are settings by their variables."""
+
+    def __call__(self, *, database_url: str | None = None, volume: Path | None = None, **environment: str) -> RunningServer: ...
+
+
+def new_server(database_url: str, directory: Path, volume: Path | None, environment: dict[str, str]) -> RunningServer:
+    """A server that is set up and not started yet. Its log, and its volume unless one is given, are in `directory`."""
+    if volume is None:
+        volume = directory / "volume"
+        volume.mkdir()
+    api_key = asyncio.run(_set_up(database_url, volume))
+    return RunningServer(database_url, volume, directory / "log", api_key, environment)
+
+
+@pytest.fixture
+def start_server(database_url: str, tmp_path: Path) -> Iterator[ServerFactory]:
+    started: list[RunningServer] = []
+
+    def start(*, database_url: str | None = database_url, volume: Path | None = None, **environment: str) -> RunningServer:
+        assert database_url is not None
+        directory = tmp_path / f"server-{len(started)}"
+        directory.mkdir()
+        server = new_server(database_url, directory, volume, environment)
+        started.append(server)
+        server.start()
+        return server
+
+    yield start
+    for server in started:
+        server.kill()
+
+
+@pytest.fixture
+def server(start_server: ServerFactory) -> RunningServer:
+    """A server on a database and a volume of this test's own."""
+    return start_server()
+
+
+def execute(database_url: str, statement: str, *arguments: Any) -> list[asyncpg.Record]:
+    """Runs one statement on a connection of its own."""
+
+    async def run() -> list[asyncpg.Record]:
+        connection = await asyncpg.connect(database_url)
+        try:
+            return await connection.fetch(statement, *arguments)
+        finally:
+            await connection.close()
+
+    return asyncio.run(run())
+
+
+async def _set_up(database_url: str, volume: Path) -> str:
+    await migrate(database_url)
+    db = Database(Settings(database_url=database_url))
+    await db.open()
+    try:
+        await add_volume(db, init_volume(volume), str(volume))
+    finally:
+        await db.close()
+    return await _create_key(database_url, ALL_SCOPES)
+
+
+async def _create_key(database_url: str, scopes: list[str]) -> str:
+    key = NewApiKey.generate()
+    db = Database(Settings(database_url=database_url))
+    await db.open()
+    try:
+        await create_api_key(db, key_id=key.key_id, name="test", secret_sha256=key.secret_sha256, scopes=scopes)
+    finally:
+        await db.close()
+    return key.text
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
