@@ -257,16 +257,16 @@ def _track_types(head: bytes, at: int) -> set[bytes]:
 
 
 def _elements(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """The id, start and end of each element's content, the ends clipped to `end`. At most 64, so abuse costs little."""
-    for _ in range(64):
-        if at >= end or not data[at]:
-            return
+    """The id, start and end of each element's content, the ends clipped to `end`."""
+    while at < end and data[at]:
         id_length = 9 - data[at].bit_length()
         size_at = at + id_length
         if id_length > 4 or size_at >= end or not data[size_at]:
             return
         size_length = 9 - data[size_at].bit_length()
         start = size_at + size_length
+        if start > end:
+            return
         size = int.from_bytes(data[size_at:start]) - (1 << 7 * size_length)
         unknown = size == (1 << 7 * size_length) - 1  # a live recording: the element lasts until its parent ends
         at = end if unknown else start + size

@@ -28,12 +28,16 @@ async def download(services: Services, file_id: UUID, scope: MutableMapping[str,
     principal = await admit(services, scope, Scope.FILES_READ)
     disposition = _disposition(scope["query_string"])
     answer = await services.delivery.open(principal.owner, file_id, scope["method"], joined_headers(scope), disposition)
-    headers = [(name.encode("ascii"), value.encode("ascii")) for name, value in answer.headers]
-    await send({"type": "http.response.start", "status": answer.status, "headers": headers})
-    if answer.body is None:
-        await send({"type": "http.response.body", "body": b""})
-    else:
-        await _send_bytes(services.delivery, answer.body, receive, send)
+    try:
+        headers = [(name.encode("ascii"), value.encode("ascii")) for name, value in answer.headers]
+        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        if answer.body is None:
+            await send({"type": "http.response.body", "body": b""})
+        else:
+            await _send_bytes(services.delivery, answer.body, receive, send)
+    finally:
+        if answer.body is not None:
+            answer.body.close()
 
 
 async def _send_bytes(delivery: Delivery, body: Body, receive: Receive, send: Send) -> None:

@@ -27,21 +27,25 @@ Measured on 2 cores, uvicorn, 4 clients, 256 MiB each from the page cache: 64 Ki
 
 @dataclass(slots=True)
 class Body:
-    """Which bytes to send. The file stays open until the last holder of `file` lets go, so no thread reads a closed one.
+    """Which bytes to send, from a file that stays open until `close`.
 
     `first` are its first bytes, at most `READ_BYTES`, read in the same hop that opened the file: for small files that
-    saved a fifth of all time, and a disk that cannot read is known before the answer has begun. Who sends them empties it.
+    saved a fifth of all time, and a disk that cannot read is known before the answer has begun.
     """
 
-    file: Handle
+    file: Handle | None
     offset: int
     length: int
     first: bytes
 
+    def close(self) -> None:
+        """Lets go of the file and of the bytes. A thread that is still reading keeps the file open until it is done."""
+        self.file, self.first = None, b""
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Status and headers (lower-case names) of an answer; a body only where bytes follow."""
+    """Status and headers (lower-case names) of an answer; a body, for the caller to close, only where bytes follow."""
 
     status: int
     headers: list[tuple[str, str]]
@@ -87,15 +91,27 @@ class Delivery:
         part = part or ByteRange(0, file.file_size)
         first_bytes = min(part.length, READ_BYTES) if method == "GET" else 0
         opened, first = await self._vault.run(_open, self._vault.volume(file.volume_id), file, part.offset, first_bytes)
-        answer_headers = [*representation_headers(file, disposition), ("content-length", str(part.length))]
-        body = Body(opened, part.offset, part.length, first) if method == "GET" else None
-        if whole:
-            return Answer(200, answer_headers, body)
-        return Answer(206, [*answer_headers, ("content-range", part.content_range(file.file_size))], body)
+        body = Body(opened, part.offset, part.length, first)
+        if opened is None or len(first) != first_bytes:
+            body.close()
+            raise Damaged
+        headers_sent = [*representation_headers(file, disposition), ("content-length", str(part.length))]
+        if not whole:
+            headers_sent.append(("content-range", part.content_range(file.file_size)))
+        if method != "GET":
+            body.close()
+        return Answer(200 if whole else 206, headers_sent, body if method == "GET" else None)
 
     async def read(self, body: Body, offset: int) -> bytes:
         """The body's bytes from `offset` of the file on, at most `READ_BYTES`. Raises `Damaged` when there are fewer than promised."""
-        return await self._vault.run(_read, body.file, min(READ_BYTES, body.offset + body.length - offset), offset)
+        if body.file is None:
+            raise ValueError("this body was closed")
+        wanted_bytes = min(READ_BYTES, body.offset + body.length - offset)
+        chunk = await self._vault.run(_read, body.file, wanted_bytes, offset)
+        # The kernel returns fewer bytes from a regular file only at its end.
+        if len(chunk) != wanted_bytes:
+            raise Damaged
+        return chunk
 
     @staticmethod
     def _part(file: File, method: str, headers: Mapping[str, str]) -> ByteRange | None:
@@ -109,32 +125,37 @@ class Delivery:
         return requested_range(wanted, file.file_size)
 
 
-def _open(volume: Volume, file: File, offset: int, length: int) -> tuple[Handle, bytes]:
-    """In a thread. The handle closes itself, also when the request was cancelled while this ran and nobody takes it."""
+# What runs in a thread does not raise once a file is open: a traceback would hold the handle, and the file open, for as long
+# as anybody keeps the exception.
+
+
+def _open(volume: Volume, file: File, offset: int, length: int) -> tuple[Handle | None, bytes]:
+    """Opens the file and reads. No handle when the stored file is not what its row says.
+
+    The handle closes itself, also when the request was cancelled while this ran and nobody takes it.
+    """
+    facts = {"file_id": str(file.id), "volume_id": str(file.volume_id)}
     try:
         opened = Handle(volume.open_stored(file.file_path))
-        size = os.fstat(opened.fd).st_size
     except FileNotFoundError:
         raise
-    except ValueError as problem:
-        log.exception("a row's path is not that of a stored file", extra={"file_id": str(file.id)})
-        raise Damaged from problem
+    except ValueError:
+        log.exception("a row's path is not that of a stored file", extra=facts)
+        return None, b""
     except OSError as problem:
-        log.exception("a stored file cannot be opened", extra={"file_id": str(file.id), "volume_id": str(file.volume_id)})
+        log.exception("a stored file cannot be opened", extra=facts)
         raise VolumeUnavailable from problem
-    if size != file.file_size:
-        log.error("a stored file has another length than its row", extra={"file_id": str(file.id), "size_bytes": size})
-        raise Damaged
+    size_bytes = os.fstat(opened.fd).st_size
+    if size_bytes != file.file_size:
+        log.error("a stored file has another length than its row", extra={**facts, "size_bytes": size_bytes})
+        return None, b""
     return opened, _read(opened, length, offset)
 
 
 def _read(file: Handle, length: int, offset: int) -> bytes:
-    """In a thread: exactly that many bytes. Raises `Damaged` when the file is shorter or cannot be read."""
+    """That many bytes, or fewer when the file ends before or its disk fails."""
     try:
-        chunk = os.pread(file.fd, length, offset)
+        return os.pread(file.fd, length, offset)
     except OSError as problem:
-        raise Damaged from problem
-    # The kernel returns fewer bytes from a regular file only at its end.
-    if len(chunk) != length:
-        raise Damaged
-    return chunk
+        log.error("a stored file cannot be read", extra={"errno": problem.errno})  # noqa: TRY400 - see above: no traceback
+        return b""

@@ -81,7 +81,15 @@ def test_dates(date: str, modified_since: bool) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    ["", "yesterday", f"{SAME}, {SAME}", "784111777", "1994-11-06T08:49:37Z", "Sun, 31 Feb 1994 08:49:37 GMT", "Sun, 06 Nov 1994 08:49:37 +0000"],
+    [
+        "",
+        "yesterday",
+        f"{SAME}, {SAME}",
+        "784111777",
+        "1994-11-06T08:49:37Z",
+        "Sun, 31 Feb 1994 08:49:37 GMT",
+        "Sun, 06 Nov 1994 08:49:37 +0000",
+    ],
 )
 def test_what_is_no_date_is_ignored(value: str) -> None:
     assert http_date(value) is None

@@ -9,7 +9,6 @@ from uuid import uuid4
 import pytest
 
 from server.delivery import Answer, Delivery
-from server.delivery import service as delivery_service
 from server.errors import Damaged, NotFound, PreconditionFailed, RangeNotSatisfiable, VolumeUnavailable
 from server.ledger.models import File
 from server.vault import Vault
@@ -27,6 +26,7 @@ def asked(delivery: Delivery, method: str = "GET", user_id: str = OWNER, **heade
 
 def sent(answer: Answer) -> bytes:
     assert answer.body is not None
+    assert answer.body.file is not None
     return os.pread(answer.body.file.fd, answer.body.length, answer.body.offset)
 
 
@@ -186,7 +186,7 @@ def test_a_disk_that_fails(shelf: Shelf, delivery: Delivery, what: str, monkeypa
     def fails(*_: Any) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(Volume if what == "open_stored" else delivery_service.os, what, fails)
+    monkeypatch.setattr(Volume if what == "open_stored" else os, what, fails)
     with pytest.raises(VolumeUnavailable if what == "open_stored" else Damaged):
         asked(delivery)
 

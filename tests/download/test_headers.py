@@ -10,7 +10,15 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from server.delivery.headers import Disposition, content_disposition, disposition_of, etag, last_modified, representation_headers, validator_headers
+from server.delivery.headers import (
+    Disposition,
+    content_disposition,
+    disposition_of,
+    etag,
+    last_modified,
+    representation_headers,
+    validator_headers,
+)
 from server.kinds import KNOWN
 from tests.download.samples import a_file
 
@@ -72,7 +80,9 @@ def test_known_values() -> None:
     assert content_disposition("attachment", "€ rates") == "attachment; filename=\"_ rates\"; filename*=UTF-8''%E2%82%AC%20rates"
 
 
-@pytest.mark.parametrize("mime_type", ["text/html", "image/svg+xml", "application/xml", "application/pdf", "text/xml", "application/json", "x"])
+@pytest.mark.parametrize(
+    "mime_type", ["text/html", "image/svg+xml", "application/xml", "application/pdf", "text/xml", "application/json", "x"]
+)
 def test_what_is_not_just_shown_is_always_saved(mime_type: str) -> None:
     assert disposition_of(mime_type, None) == disposition_of(mime_type, "inline") == disposition_of(mime_type, "attachment") == "attachment"
 
@@ -100,7 +110,9 @@ def test_a_picture() -> None:
     assert set(validator_headers(file)) < set(representation_headers(file, None))
 
 
-@pytest.mark.parametrize("mime_type", ["image/jpeg\r\nSet-Cookie: a=b", "text/html; charset=utf-8", "", "image", "image/jpég", "image/jpeg\n"])
+@pytest.mark.parametrize(
+    "mime_type", ["image/jpeg\r\nSet-Cookie: a=b", "text/html; charset=utf-8", "", "image", "image/jpég", "image/jpeg\n"]
+)
 def test_a_row_written_by_hand_cannot_split_a_header(mime_type: str) -> None:
     assert dict(representation_headers(a_file(b"", mime_type=mime_type), None))["content-type"] == "application/octet-stream"
 

@@ -51,7 +51,18 @@ def test_beyond_the_end(value: str) -> None:
     [
         *("bytes=0-0,-1", "bytes=500-600,601-999", "bytes=0-4, 0-4", "bytes=0-0,"),  # the last is one range, see below
         *("", "bytes", "bytes=", "bytes=-", "bytes= ", "bytes=5-4", "bytes=a-b", "bytes=0x0-4", "bytes=1", "bytes=--1", "bytes=0--1"),
-        *("seconds=0-4", "bytes 0-4", "bytes = 0-4", "bytes:0-4", "0-4", "bytes=0 - 4", "bytes=+0-4", "bytes=1_0-20", "bytes=٠-٤", "bytes=0-4\n"),
+        *(
+            "seconds=0-4",
+            "bytes 0-4",
+            "bytes = 0-4",
+            "bytes:0-4",
+            "0-4",
+            "bytes=0 - 4",
+            "bytes=+0-4",
+            "bytes=1_0-20",
+            "bytes=\u0660-\u0664",
+            "bytes=0-4\n",
+        ),
         *("bytes=" + "9" * 41 + "-", "bytes=0-" + "0" * 100_000),
     ],
 )
@@ -84,7 +95,7 @@ def test_a_range_lies_within_the_file(value: str, size: int) -> None:
         assert data[int(first) :] == b"" if first else int(last) == 0
         return
     if found is not None:
-        assert 0 <= found.offset and 1 <= found.length and found.offset + found.length <= size
+        assert 0 <= found.offset < found.offset + found.length <= size
         first, _, last = value[len("bytes=") :].strip(" \t,").partition("-")
         expected = data[int(first) : int(last) + 1 if last else None] if first else data[-int(last) :]
         assert data[found.offset : found.offset + found.length] == expected

@@ -63,9 +63,9 @@ MADE_BY_FFMPEG: dict[str, tuple[tuple[str, ...], str]] = {
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One run of ffmpeg makes all samples, of a 64 px test picture and a tone."""
+    """One run of ffmpeg makes all samples. The tone is so long that an index at its end is out of the head's sight."""
     folder = tmp_path_factory.mktemp("samples")
-    sources = ("-f", "lavfi", "-i", "testsrc=s=64x64:d=0.2:r=10", "-f", "lavfi", "-i", "sine=d=0.3")
+    sources = ("-f", "lavfi", "-i", "testsrc=s=64x64:d=0.2:r=10", "-f", "lavfi", "-i", "sine=d=2")
     outputs = [part for name, (options, _) in MADE_BY_FFMPEG.items() for part in (*options, str(folder / name))]
     subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *sources, *outputs], check=True, timeout=120)
     return folder
@@ -112,6 +112,17 @@ def boxed(kind: bytes, content: bytes) -> bytes:
 
 def ftyp(major: bytes, *compatible: bytes) -> bytes:
     return boxed(b"ftyp", major + bytes(4) + b"".join(compatible))
+
+
+def element(name: int, content: bytes) -> bytes:
+    """An EBML element, its size in eight bytes."""
+    return name.to_bytes((name.bit_length() + 7) // 8) + ((1 << 56) | len(content)).to_bytes(8) + content
+
+
+def webm(*track_types: int, private: bytes = b"") -> bytes:
+    """The start of a WebM file: its header and its list of tracks, each with that much private data of its codec."""
+    tracks = b"".join(element(0xAE, element(0x83, bytes([each])) + element(0x63A2, private)) for each in track_types)
+    return element(0x1A45DFA3, element(0x4282, b"webm")) + element(0x18538067, element(0x1654AE6B, tracks) + bytes(100))
 
 
 def zipped(names: dict[str, bytes]) -> bytes:
@@ -175,6 +186,11 @@ def glb(document: bytes = b'{"asset":{"version":"2.0"}}') -> bytes:
         (b"\xff\xfb\x90\x64 and then no second frame" + bytes(9000), None),
         (b"\xff\xf1 not AAC either", None),
         (b"\x1a\x45\xdf\xa3\x88\x42\x82\x85other", None),
+        (webm(2), "audio/webm"),
+        (webm(2, 2), "audio/webm"),
+        (webm(2, 1), "video/webm"),
+        (webm(), "video/webm"),
+        (webm(2, 1, private=bytes(HEAD_BYTES)), "video/webm"),  # the second track is out of sight
     ],
 )
 def test_made_by_hand(data: bytes | str, expected: str | None) -> None:
@@ -236,6 +252,7 @@ STARTS = [
 @given(st.sampled_from(STARTS), st.binary(max_size=200), st.binary(max_size=100))
 @example(b"\x1a\x45\xdf\xa3", b"\x01\0\0\0\0\0\0\0" * 900, b"moov")
 @example(b"\x1a\x45\xdf\xa3", b"\xa0\x42\x82\x84webm" + b"\x18\x53\x80\x67\xff" * 1600, b"")
+@example(b"\x1a\x45\xdf\xa3", b"\x84\xec\x01", b"")
 @example(b'{"asset":{', b'"asset":{' * 900, b"")
 @example(b'{"asset":{', b'"' + b"\\" * 8000, b"")
 @example(b"\0\0\0\x10ftypisom\0\0\0\0", b"\0\0\0\x08free" * 1000, b"\xff\xff\xff\xffmoov")
@@ -247,7 +264,9 @@ def test_noise_never_raises(start: bytes, rest: bytes, tail: bytes) -> None:
 @pytest.mark.parametrize(
     "head",
     [
-        b"\x1a\x45\xdf\xa3" + b"\xa0\x42\x82\x84webm" + b"\x18\x53\x80\x67\xff" * 2000,
+        element(0x1A45DFA3, b"\xec\x80" * HEAD_BYTES),
+        element(0x1A45DFA3, element(0x4282, b"webm")) + b"\x18\x53\x80\x67\xff" + b"\xae\x80" * HEAD_BYTES,
+        element(0x1A45DFA3, element(0x4282, b"webm")) + b"\x18\x53\x80\x67\x80" * HEAD_BYTES,
         b'{"asset":{' + b'"asset":{' * 2000,
         b'{"a":"' + b"\\" * HEAD_BYTES,
         b"[" + b" " * 2 * HEAD_BYTES,
