@@ -4,6 +4,9 @@ import asyncio
 import logging
 import os
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import datetime
 from typing import NamedTuple
 from uuid import UUID
 
@@ -18,7 +21,6 @@ from server.errors import (
     IdempotencyInProgress,
     IdempotencyKeyReused,
     IncompleteBody,
-    NotFound,
 )
 from server.intake.upload import Details, Upload
 from server.kinds import Allowed
@@ -30,15 +32,18 @@ from server.vault.layout import user_directory
 
 _PLACEMENT_SECONDS = 60.0  # how long a process remembers a user's volume; a stale one only puts a file on the old volume
 _MOST_PLACEMENTS = 10_000
+_NOWHERE = (-1.0, None, datetime.min)  # noqa: DTZ901 - compared with nothing
 _COPY_BYTES = 2**20
 _ERASE_BATCH_FILES = 1_000
 
 log = logging.getLogger("coffer.intake")
 
 
-class _Placement(NamedTuple):
-    volume_id: UUID | None
-    until: float
+class Placement(NamedTuple):
+    """Where a user's bytes go. `since` tells the user from an earlier one of the same id, erased meanwhile."""
+
+    volume: Volume
+    since: datetime
 
 
 class Intake:
@@ -51,27 +56,32 @@ class Intake:
         self.allowed = Allowed.from_settings(settings)
         self.live: set[UUID] = set()  # uploads of this process that hold a reservation; housekeeping renews their leases
         self.buffered_bytes = 0  # held in memory by small uploads together
-        self._placements: dict[str, _Placement] = {}
+        self._placements: dict[str, tuple[float, UUID | None, datetime]] = {}
 
     @property
     def buffered_is_full(self) -> bool:
         return self.buffered_bytes > self.settings.buffered_total_bytes
 
-    async def placed(self, user_id: str, *, fresh: bool = False) -> Volume:
-        """The user's volume; makes the user with the default quota, on the roomiest volume, when there is none.
+    async def placed(self, user_id: str) -> Placement:
+        """The user's place; makes the user with the default quota, on the roomiest volume, when there is none.
 
         Raises `VolumeUnavailable`, `DatabaseUnavailable`.
         """
         now = time.monotonic()
-        placement = None if fresh else self._placements.get(user_id)
-        if placement is None or placement.until < now:
+        until, volume_id, since = self._placements.get(user_id, _NOWHERE)
+        if until < now:
             user = await ledger.ensure_user(
                 self.db, user_id, max_bytes=self.settings.default_quota_bytes, volume_id=self.vault.roomiest().id
             )
             if len(self._placements) >= _MOST_PLACEMENTS:
                 self._placements.clear()
-            placement = self._placements[user_id] = _Placement(user.volume_id, now + _PLACEMENT_SECONDS)
-        return self.vault.volume(placement.volume_id)
+            volume_id, since = user.volume_id, user.created_at
+            self._placements[user_id] = (now + _PLACEMENT_SECONDS, volume_id, since)
+        return Placement(self.vault.volume(volume_id), since)
+
+    def forget(self, user_id: str) -> None:
+        """The user's row is not what we remember."""
+        self._placements.pop(user_id, None)
 
     async def begin(
         self,
@@ -90,7 +100,8 @@ class Intake:
         """
         upload = await self._prepare(user_id, declared_bytes, likely_bytes, expected, replacing, None)
         if declared_bytes is not None and declared_bytes > self.settings.buffered_body_bytes:
-            await self._open(upload, declared_bytes)
+            async with _aborting(upload):
+                await upload.reserve(declared_bytes)
         return upload
 
     async def begin_once(
@@ -108,27 +119,36 @@ class Intake:
         their bodies are read. When the first fails, the next takes over. Raises also `IdempotencyInProgress` after waiting,
         and `IdempotencyKeyReused`.
         """
-        upload = await self._prepare(user_id, declared_bytes, likely_bytes, expected, None, idempotency_key)
+        stored = await ledger.find_file_by_idempotency_key(self.db, user_id, idempotency_key)
+        if stored is None:
+            upload = await self._prepare(user_id, declared_bytes, likely_bytes, expected, None, idempotency_key)
+            async with _aborting(upload):
+                stored = await self._claim(upload, idempotency_key, declared_bytes or 0)
+                if stored is None:
+                    return upload
+                await upload.abort()
+        if declared_bytes is not None and stored.generation == 1 and declared_bytes != stored.file_size:
+            raise IdempotencyKeyReused
+        return stored
+
+    async def _claim(self, upload: Upload, key: str, size_bytes: int) -> File | None:
+        """Gets the reservation that carries the key, or the file that somebody else stored with it while we waited."""
         deadline = time.monotonic() + self.settings.idempotency_wait_seconds
         pause = 0.05
-        while (stored := await ledger.find_file_by_idempotency_key(self.db, user_id, idempotency_key)) is None:
+        while True:
             try:
-                await self._open(upload, declared_bytes or 0)
+                await upload.reserve(size_bytes)
             except IdempotencyInProgress:
                 if time.monotonic() >= deadline:
                     raise
                 await asyncio.sleep(pause)
                 pause = min(pause * 1.5, 0.5)
-                continue
-            # Whoever held the key before us may have published between our two looks; nobody can from here on.
-            stored = await ledger.find_file_by_idempotency_key(self.db, user_id, idempotency_key)
-            if stored is None:
-                return upload
-            await upload.abort()
-            break
-        if declared_bytes is not None and stored.generation == 1 and declared_bytes != stored.file_size:
-            raise IdempotencyKeyReused
-        return stored
+                stored = await ledger.find_file_by_idempotency_key(self.db, upload.user_id, key)
+                if stored is not None:
+                    return stored
+            else:
+                # Whoever held the key before us may have published since our last look; nobody can from here on.
+                return await ledger.find_file_by_idempotency_key(self.db, upload.user_id, key)
 
     async def _prepare(
         self,
@@ -141,33 +161,19 @@ class Intake:
     ) -> Upload:
         if declared_bytes is not None and declared_bytes > self.settings.max_file_bytes:
             raise FileTooLarge(self.settings.max_file_bytes)
-        volume = await self.placed(user_id)
-        volume.check_writable(declared_bytes or 0)
+        placement = await self.placed(user_id)
+        placement.volume.check_writable(declared_bytes or 0)
         return Upload(
             self,
             uuid7(),
             user_id,
-            volume,
+            placement,
             declared_bytes=declared_bytes,
             likely_bytes=likely_bytes,
             free_of_charge_bytes=replacing.file_size if replacing else 0,
             expected=expected or {},
             idempotency_key=idempotency_key,
         )
-
-    async def _open(self, upload: Upload, size_bytes: int) -> None:
-        """The first reservation of an upload that nobody else holds yet: what fails here is also tidied here."""
-        try:
-            try:
-                await upload.reserve(size_bytes)
-            except NotFound:  # the user's row went away since we last looked
-                await self.placed(upload.user_id, fresh=True)
-                await upload.reserve(size_bytes)
-        except IdempotencyInProgress:
-            raise  # nothing is held, and the caller tries again
-        except BaseException:
-            await upload.abort()
-            raise
 
     async def copy(self, user_id: str, file_id: UUID) -> File:
         """A second file with the same bytes and fields, charged to the same user. The bytes are verified on the way.
@@ -231,9 +237,22 @@ class Intake:
         Interrupted anywhere, housekeeping goes on where it stopped. Raises `NotFound`.
         """
         user = await ledger.begin_erasing(self.db, user_id)
-        self._placements.pop(user_id, None)
         while tombstones := await ledger.erase_batch(self.db, user_id, limit=_ERASE_BATCH_FILES):
             await self.bury(tombstones)
-        for volume in self.vault.volumes if user.volume_id is None else [self.vault.volume(user.volume_id)]:
-            await self.vault.run(volume.remove_user, user_directory(user_id))
-        await ledger.finish_erasing(self.db, user_id)
+
+        async def remove_bytes() -> None:
+            for volume in self.vault.volumes if user.volume_id is None else [self.vault.volume(user.volume_id)]:
+                await self.vault.run(volume.remove_user, user_directory(user_id))
+
+        await ledger.finish_erasing(self.db, user_id, remove_bytes)
+        self.forget(user_id)
+
+
+@asynccontextmanager
+async def _aborting(upload: Upload) -> AsyncIterator[None]:
+    """What fails before anybody else holds the upload is tidied here."""
+    try:
+        yield
+    except BaseException:
+        await upload.abort()
+        raise

@@ -24,11 +24,11 @@ from server.errors import (
 )
 from server.kinds import HEAD_BYTES, TAIL_BYTES, FileType, detect, resolve
 from server.ledger.models import File, NewFile, ReplacedContent
-from server.vault import IncomingFile, Volume
+from server.vault import IncomingFile
 from server.vault.layout import stored_path
 
 if TYPE_CHECKING:
-    from server.intake.service import Intake
+    from server.intake.service import Intake, Placement
 
 Result = TypeVar("Result")
 Arguments = TypeVarTuple("Arguments")
@@ -63,7 +63,7 @@ class Upload:
         intake: "Intake",
         upload_id: UUID,
         user_id: str,
-        volume: Volume,
+        placement: "Placement",
         *,
         declared_bytes: int | None,
         likely_bytes: int,
@@ -75,14 +75,16 @@ class Upload:
         self.user_id = user_id
         self.received_bytes = 0
         self._intake = intake
-        self._volume = volume
+        self._volume = placement.volume
+        self._user_since = placement.since
         self._declared_bytes = declared_bytes
         self._likely_bytes = likely_bytes
         self._free_of_charge_bytes = free_of_charge_bytes
         self._expected = expected
         self._idempotency_key = idempotency_key
         self._reserved_bytes: int | None = None
-        self._promised_bytes = 0
+        self._promised_bytes = declared_bytes or 0
+        self._volume.promised_bytes += self._promised_bytes
         self._chunks: list[bytes] = []
         self._chunks_bytes = 0
         self._head = b""
@@ -113,6 +115,9 @@ class Upload:
                 self._intake.live.add(self.id)
             elif charge != self._reserved_bytes:
                 await ledger.resize_reservation(self._intake.db, self.id, charge)
+        except NotFound as problem:  # the user was erased since we looked, or the lease ran out: what we remember is stale
+            self._intake.forget(self.user_id)
+            raise Conflict from problem
         except CommitUnknown as problem:
             self._reserved_bytes = self._reserved_bytes or 0  # it may exist: `abort` releases it
             raise DatabaseUnavailable from problem
@@ -167,9 +172,6 @@ class Upload:
         with suppress(KindRequired, TypeMismatch):  # a later field may name the kind, and the file's end may show another type
             self._resolve(None)
         await self._reserve_for_received()
-        if self._declared_bytes is not None:
-            self._promised_bytes = self._declared_bytes
-            self._volume.promised_bytes += self._promised_bytes
         await self._flush()
 
     def _stop_buffering(self) -> None:
@@ -231,6 +233,7 @@ class Upload:
             tags=details.tags,
             metadata=details.metadata,
             idempotency_key=self._idempotency_key,
+            user_since=self._user_since,
         )
         return await self._commit(lambda: self._publish(new), self.id, new.file_path)
 
@@ -260,7 +263,12 @@ class Upload:
                 self._intake.db, user_id=self.user_id, file_id=old.id, expected_generation=old.generation, new=new
             )
 
-        return await self._commit(statement, old.id, new.file_path)
+        file = await self._commit(statement, old.id, new.file_path)
+        try:
+            await self._intake.vault.run(self._intake.vault.volume(old.volume_id).remove_stored, [old.file_path])
+        except CofferError as problem:  # its tombstone stays, as it does in any case until housekeeping has looked
+            log.warning("replaced bytes will go later: %s", problem)
+        return file
 
     def _resolve(self, kind: str | None) -> tuple[FileType, str]:
         detected = detect(self._head, b"".join(self._recent)[-TAIL_BYTES:])
@@ -295,9 +303,9 @@ class Upload:
     async def _publish(self, new: NewFile) -> File:
         try:
             return await ledger.publish_file(self._intake.db, new)
-        except NotFound:  # the user's row went away since we looked (erased, or a restored database): bring it back once
-            await self._intake.placed(self.user_id, fresh=True)
-            return await ledger.publish_file(self._intake.db, new)
+        except NotFound as problem:  # erased since the upload began, perhaps with the bytes that we have just landed
+            self._intake.forget(self.user_id)
+            raise Conflict from problem
 
     async def _commit(self, statement: Callable[[], Awaitable[File]], file_id: UUID, path: str) -> File:
         try:

@@ -5,8 +5,8 @@ Every statement runs alone, in its own transaction: a write is one round trip, a
 
 import asyncio
 import json
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import asyncpg
@@ -116,6 +116,31 @@ class Database:
         and `CommitUnknown` when the connection was lost, or `patience` (seconds) ran out, after the statement was sent.
         """
         return await self._run(sql, args, writes=True, patience=patience)
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Callable[..., Awaitable[list[Row]]]]:
+        """Statements in one transaction, for the rare case where a lock must outlast one. Gives the function that runs them.
+
+        Commits at the end of the block, rolls back when it raises. Raises as `write`; nothing is tried again.
+        """
+        connection = await self._acquire()
+        try:
+            async with connection.transaction():
+
+                async def run(sql: str, *args: Any) -> list[Row]:
+                    return await connection.fetch(sql, *args, timeout=LONG_PATIENCE_SECONDS)
+
+                yield run
+        except asyncpg.PostgresError as problem:
+            meaning = _meaning(problem, problem.sqlstate or "")
+            if meaning is None:
+                raise
+            raise meaning from problem
+        except (TimeoutError, asyncpg.InterfaceError, asyncpg.InternalClientError, ConnectionError) as problem:
+            await self._discard(connection)
+            raise CommitUnknown from problem
+        finally:
+            await self._release(connection)
 
     async def _run(self, sql: str, args: tuple[Any, ...], *, writes: bool, patience: float) -> list[Row]:
         clock = asyncio.get_running_loop().time

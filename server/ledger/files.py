@@ -34,8 +34,8 @@ def file_of(row: Row) -> File:
 async def publish_file(db: Database, new: NewFile) -> File:
     """Ends the upload's reservation, if it has one, and adds the file: one transaction, in which the quota is enforced.
 
-    Call it when the bytes are synced under `new.file_path`. Raises `QuotaExceeded`, `UserErasing`, `NotFound` (no such user:
-    `ensure_user`, then repeat), `Conflict` (a file with this id or this user's idempotency key exists), `CommitUnknown` (the bytes
+    Call it when the bytes are synced under `new.file_path`. Raises `QuotaExceeded`, `UserErasing`, `NotFound` (no such user,
+    or not the one of `user_since`), `Conflict` (a file with this id or this user's idempotency key exists), `CommitUnknown` (the bytes
     must stay) and `DatabaseUnavailable` (nothing happened).
     """
     rows = await db.write(
@@ -54,6 +54,7 @@ async def publish_file(db: Database, new: NewFile) -> File:
         new.tags,
         _json(new.metadata),
         new.idempotency_key,
+        new.user_since,
         patience=COMMIT_PATIENCE_SECONDS,
     )
     return _one(rows)

@@ -15,10 +15,10 @@ from server.ledger.statements import statement
 
 _COLUMNS = ", ".join(f"f.{name}" for name in File.__struct_fields__)
 _SORT_COLUMNS = {"created": "upload_date", "name": "name_key", "size": "file_size"}
-_CURSOR_TYPES: dict[str, Any] = {
-    "created": tuple[str, Annotated[datetime, msgspec.Meta(tz=True)], UUID],
-    "name": tuple[str, str, UUID],
-    "size": tuple[str, Annotated[int, msgspec.Meta(ge=0, lt=2**63)], UUID],
+_CURSORS: dict[str, msgspec.json.Decoder[Any]] = {
+    "created": msgspec.json.Decoder(tuple[str, Annotated[datetime, msgspec.Meta(tz=True)], UUID]),
+    "name": msgspec.json.Decoder(tuple[str, str, UUID]),
+    "size": msgspec.json.Decoder(tuple[str, Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)], UUID]),
 }
 
 
@@ -122,7 +122,7 @@ def _read_cursor(query: FileQuery) -> tuple[Any, UUID]:
     text = query.cursor or ""
     try:
         content = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
-        order, key, file_id = msgspec.json.decode(content, type=_CURSOR_TYPES[query.sort])
+        order, key, file_id = _CURSORS[query.sort].decode(content)
     except (ValueError, msgspec.MsgspecError) as problem:
         raise InvalidRequest(field="cursor", reason="it is not one that a page of this list gave") from problem
     if order != _order(query):

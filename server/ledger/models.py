@@ -37,7 +37,10 @@ class File(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NewFile(msgspec.Struct, frozen=True, kw_only=True):
-    """What `publish_file` inserts. `id` equals the upload's id, so a reservation and its file never part."""
+    """What `publish_file` inserts. `id` equals the upload's id, so a reservation and its file never part.
+
+    `user_since` is `User.created_at` as it was when the upload began: the same id erased and come back is another user.
+    """
 
     id: UUID
     user_id: str
@@ -53,6 +56,7 @@ class NewFile(msgspec.Struct, frozen=True, kw_only=True):
     tags: list[str] = []
     metadata: dict[str, Any] = {}
     idempotency_key: str | None = None
+    user_since: datetime | None = None
 
 
 class ReplacedContent(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,5 +1,6 @@
 """Users: their quota, what they use, and their erasure."""
 
+from collections.abc import Awaitable, Callable
 from uuid import UUID
 
 from server.errors import Conflict, NotFound
@@ -20,6 +21,7 @@ _BEGIN_ERASING = statement("begin_erasing", user=USER_COLUMNS)
 _ERASE_BATCH = statement("erase_batch")
 _ERASE_EVENTS = statement("erase_events")
 _ERASE_USAGE = statement("erase_usage")
+_LOCK = statement("lock_user", user=USER_COLUMNS)
 _FINISH_ERASING = statement("finish_erasing")
 _BEING_ERASED = statement("users_being_erased")
 
@@ -71,21 +73,23 @@ async def erase_batch(db: Database, user_id: str, limit: int = 1000) -> list[Tom
     return [tombstone for _, tombstone in tombstones_of(rows)]
 
 
-async def finish_erasing(db: Database, user_id: str) -> None:
+async def finish_erasing(db: Database, user_id: str, remove_bytes: Callable[[], Awaitable[None]]) -> None:
     """Deletes all other rows of a user whose files are gone, the user's own last: until then a crash leaves work to repeat.
 
-    Raises `Conflict` while files are left, or when the user is not being erased. A user who is gone is no error.
+    `remove_bytes` runs while the user's row is locked, so no second eraser removes the bytes of a user of the same id who came
+    later. Raises `Conflict` while files are left, or when the user is not being erased. A user who is gone is no error.
     """
-    rows = await db.read(_GET, user_id)
-    if not rows:
-        return
-    if rows[0]["erasing_at"] is None or rows[0]["file_count"]:
-        raise Conflict
     for erase in (_ERASE_EVENTS, _ERASE_USAGE):
         while (await db.write(erase, user_id, _BATCH_ROWS, patience=LONG_PATIENCE_SECONDS))[0]["count"] == _BATCH_ROWS:
             pass
-    if not await db.write(_FINISH_ERASING, user_id, patience=LONG_PATIENCE_SECONDS):
-        raise Conflict
+    async with db.transaction() as run:
+        rows = await run(_LOCK, user_id)
+        if not rows:
+            return
+        if rows[0]["erasing_at"] is None or rows[0]["file_count"]:
+            raise Conflict
+        await remove_bytes()
+        await run(_FINISH_ERASING, user_id)
 
 
 async def users_being_erased(db: Database) -> list[str]:

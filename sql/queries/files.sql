@@ -2,7 +2,8 @@
 
 -- name: publish_file
 -- Ends the reservation if there is one, then inserts the file and its event. The insert reads the count of released rows, so the
--- reservation's bytes are back before the file is charged: its trigger is queued first.
+-- reservation's bytes are back before the file is charged: its trigger is queued first. Inserts nothing when the user is not the one
+-- who was there when the upload began: an erasure in between has removed the bytes.
 with released as (
     delete from uploads where id = $1 and user_id = $2 returning id
 ), published as (
@@ -10,6 +11,7 @@ with released as (
                             package_name, tags, metadata, idempotency_key)
     select $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14 from (select count(*) from released) first (released)
     where first.released >= 0
+      and ($15::timestamptz is null or exists (select from user_storage u where u.user_id = $2 and u.created_at = $15))
     returning *
 ), noted as (
     insert into events (user_id, type, file_id, payload)

@@ -48,11 +48,13 @@ select count(*) from gone;
 with gone as (delete from usage_ledger where id in (select id from usage_ledger where user_id = $1 order by id limit $2) returning 1)
 select count(*) from gone;
 
+-- name: lock_user
+-- One user, who stays as found until the transaction ends.
+select {user} from user_storage where user_id = $1 for update;
+
 -- name: finish_erasing
--- Deletes the user, uploads under way included, unless files are left.
-delete from user_storage u
- where u.user_id = $1 and u.erasing_at is not null and not exists (select from user_files f where f.user_id = u.user_id)
-returning u.user_id;
+-- Deletes the user, uploads under way included.
+delete from user_storage where user_id = $1;
 
 -- name: users_being_erased
 -- Users whose erasure has begun and not ended.
