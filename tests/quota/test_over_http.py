@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from tests.serving import RunningServer
 
 from tests.samples import image
+from tests.serving import RunningServer
 
 MIB = 2**20
 
@@ -33,8 +33,8 @@ def form(server: RunningServer, body: bytes) -> int:
 def liar(server: RunningServer, body: bytes) -> int:
     """Declares 500 bytes and sends more: HTTP takes the rest for another request, which is none, and the server says so."""
     with socket.create_connection((server.host, server.port), timeout=60) as connection:
-        head = f"POST /api/files/upload HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {server.api_key}\r\nX-User-Id: ada\r\nContent-Length: 500\r\n\r\n"
-        connection.sendall(head.encode() + body)
+        who = f"Authorization: Bearer {server.api_key}\r\nX-User-Id: ada"
+        connection.sendall(f"POST /api/files/upload HTTP/1.1\r\nHost: x\r\n{who}\r\nContent-Length: 500\r\n\r\n".encode() + body)
         return int(connection.recv(4096).split(b" ", 2)[1])
 
 

@@ -4,12 +4,13 @@ import hashlib
 import random
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import httpx
-from tests.serving import RunningServer
-from tests.waiting import until
 
 from tests.samples import image
+from tests.serving import RunningServer
+from tests.waiting import until
 
 WAYS = ("raw", "chunked", "form", "keyed")
 
@@ -51,7 +52,7 @@ class Journal:
         on_disk = server.stored_files()
         for user_id, acknowledged in self.stored.items():
             with server.client(user_id) as client:
-                rows = {}
+                rows: dict[str, Any] = {}
                 cursor: str | None = None
                 while True:
                     page = client.get("/api/files", params={"limit": 200} | ({"cursor": cursor} if cursor else {})).json()

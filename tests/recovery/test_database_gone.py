@@ -2,14 +2,16 @@
 
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
-from tests.serving import RunningServer, ServerFactory, execute
 
 from ops.embedded_postgres import EmbeddedPostgres
 from tests.recovery.journal import Load
 from tests.samples import image
+from tests.serving import RunningServer, ServerFactory, execute
 from tests.waiting import until
 
 
@@ -20,12 +22,13 @@ def test_requests_fail_fast_and_recover_without_a_restart(start_server: ServerFa
         with server.client("ada") as client:
             kept = client.post("/api/files/upload", content=image()).json()["id"]
             postgres.stop()
-            for request in (
+            requests: list[Callable[[], httpx.Response]] = [
                 lambda: client.post("/api/files/upload", content=image(seed=1)),
                 lambda: client.post("/api/files/upload", content=image(3_000_000)),
                 lambda: client.get("/api/files"),
                 lambda: client.get(f"/api/files/{kept}/download"),
-            ):
+            ]
+            for request in requests:
                 began = time.monotonic()
                 answer = request()
                 assert (answer.status_code, answer.json()["code"]) == (503, "database_unavailable")

@@ -3,9 +3,8 @@
 import socket
 from contextlib import ExitStack
 
-from tests.serving import RunningServer
-
 from tests.samples import image
+from tests.serving import RunningServer
 from tests.waiting import until
 
 MIB = 2**20

@@ -6,10 +6,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tests.serving import RunningServer
 
 from tests.recovery.journal import WAYS, send
 from tests.samples import image
+from tests.serving import RunningServer
 from tests.waiting import until
 
 UPLOADS_PER_WAY = 8

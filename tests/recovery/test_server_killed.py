@@ -4,10 +4,9 @@ import os
 import random
 import socket
 
+from tests.recovery.journal import Load
 from tests.samples import image
 from tests.serving import RunningServer
-
-from tests.recovery.journal import Load
 from tests.waiting import until
 
 KILLS = int(os.environ.get("COFFER_TEST_KILLS", "6"))

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from tests.serving import RunningServer, ServerFactory
 
 from tests.samples import image
+from tests.serving import RunningServer, ServerFactory
 from tests.waiting import until
 
 MIB = 2**20
@@ -78,7 +78,7 @@ def test_a_read_only_volume_is_still_read(start_server: ServerFactory, small_mou
 def test_a_full_volume_refuses_before_the_body_and_deletes_still_work(start_server: ServerFactory, small_mount: Path) -> None:
     server = start_server(volume=small_mount, COFFER_VOLUME_RESERVE_BYTES=str(16 * MIB))
     with server.client("ada") as client:
-        ids = []
+        ids: list[str] = []
         while (answer := client.post("/api/files/upload", content=image(5 * MIB, len(ids)))).status_code == 201:
             ids.append(answer.json()["id"])
         assert code(answer) == (507, "volume_full") and len(ids) >= 6

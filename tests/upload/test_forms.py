@@ -2,11 +2,12 @@
 
 import base64
 import hashlib
+from typing import Any
 
 import pytest
-from tests.serving import RunningServer
 
 from tests.samples import image, video
+from tests.serving import RunningServer
 
 MIB = 2**20
 
@@ -16,8 +17,13 @@ def test_a_file_with_its_fields_in_any_order(server: RunningServer, size: int) -
     body = image(size)
     with server.client("ada") as client:
         for order in (0, 1):
-            fields = [("type", (None, "image")), ("tags", (None, "sea,sun")), ("tags", (None, "sand")), ("metadata", (None, '{"a": 1}'))]
-            parts = [("file", ("beach.png", body, "image/png"))]
+            fields: list[tuple[str, Any]] = [
+                ("type", (None, "image")),
+                ("tags", (None, "sea,sun")),
+                ("tags", (None, "sand")),
+                ("metadata", (None, '{"a": 1}')),
+            ]
+            parts: list[tuple[str, Any]] = [("file", ("beach.png", body, "image/png"))]
             answer = client.post("/api/files/upload", files=fields + parts if order else parts + fields)
             assert answer.status_code == 201, answer.text
             file = answer.json()
@@ -64,7 +70,8 @@ def test_digests_of_a_part_and_of_the_form(server: RunningServer) -> None:
     boundary = "xxxxxxxx"
 
     def form(part_digest: str) -> bytes:
-        head = f'--{boundary}\r\nContent-Disposition: form-data; name="file"; filename="a.png"\r\nContent-Digest: sha-256=:{part_digest}:\r\n\r\n'
+        disposition = 'Content-Disposition: form-data; name="file"; filename="a.png"'
+        head = f"--{boundary}\r\n{disposition}\r\nContent-Digest: sha-256=:{part_digest}:\r\n\r\n"
         return head.encode() + body + f"\r\n--{boundary}--\r\n".encode()
 
     with server.client("ada") as client:

@@ -5,9 +5,9 @@ import hashlib
 from collections.abc import Iterator
 
 import pytest
-from tests.serving import RunningServer
 
 from tests.samples import image, video
+from tests.serving import RunningServer
 
 MIB = 2**20
 

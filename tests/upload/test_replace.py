@@ -3,9 +3,9 @@
 import hashlib
 
 import pytest
-from tests.serving import RunningServer
 
 from tests.samples import image, video
+from tests.serving import RunningServer
 
 MIB = 2**20
 

@@ -4,9 +4,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from tests.serving import RunningServer
 
 from tests.samples import image
+from tests.serving import RunningServer
 
 MIB = 2**20
 

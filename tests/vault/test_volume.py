@@ -76,9 +76,16 @@ def test_a_wrong_digest_publishes_nothing(volume: Volume, mount: Path) -> None:
 
 def test_order_is_sync_file_link_sync_directory(volume: Volume, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
+
+    def watched(name: str, real: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            calls.append(name)
+            return real(*arguments, **options)
+
+        return call
+
     for name in ("fdatasync", "link", "fsync"):
-        real = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *a, _name=name, _real=real, **k: (calls.append(_name), _real(*a, **k))[1])
+        monkeypatch.setattr(os, name, watched(name, getattr(os, name)))
     store(volume, uuid4())
     store(volume, uuid4())
     # The first upload of a user also syncs the parents of the two directories it made: users/ and users/ada.
