@@ -1,0 +1,314 @@
+"""The `coffer` command: reads the command line, calls `server/commands/`, and turns every failure into an exit code."""
+
+import argparse
+import asyncio
+import os
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+from uuid import UUID
+
+from server import fields
+from server.auth import Scope
+from server.commands import configuration, files, keys, users, volumes
+from server.commands.failures import MEANING, CommandFailed, Exit, code_of
+from server.commands.output import say
+from server.errors import CofferError, DatabaseUnavailable, InvalidRequest
+from server.kinds import KINDS
+from server.ledger import Database, MigrationError, migrate
+from server.settings import SettingError, Settings
+
+Run = Callable[[argparse.Namespace], Any]
+DatabaseRun = Callable[[Database, Settings, argparse.Namespace], Awaitable[None]]
+
+_EPILOG = "exit codes:\n" + "\n".join(f"  {code.value:<4} {meaning}" for code, meaning in MEANING.items())
+_UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Runs one command and exits with its code. Results go to standard output, everything else to standard error."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code. Only argparse exits by itself, with 2 for a wrong command line."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        parsed.run(parsed)
+        sys.stdout.flush()
+    except CommandFailed as problem:
+        say(str(problem))
+        return problem.code
+    except SettingError as problem:
+        say(str(problem))
+        return Exit.USAGE
+    except CofferError as problem:
+        say(f"{problem} ({problem.code})")
+        return code_of(problem)
+    except KeyboardInterrupt:
+        return Exit.INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has seen enough. Point it elsewhere, or Python complains once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return Exit.FAILURE
+    except OSError as problem:
+        say(str(problem))
+        return Exit.FAILURE
+    return Exit.OK
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="coffer",
+        description="A self-hosted media storage server.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_serving(commands)
+    _add_keys(commands)
+    _add_users(commands)
+    _add_volumes(commands)
+    _add_files(commands)
+    return parser
+
+
+# What runs Coffer
+
+
+def _add_serving(commands: Any) -> None:
+    _command(commands, "serve", _serve, "serve HTTP until it is told to stop")
+    _command(commands, "worker", _worker, "run queued jobs until it is told to stop")
+    _command(commands, "migrate", _migrate, "bring the database to this version's schema")
+    _json(_command(commands, "config", _config, "print every setting, its source and what it means"))
+
+
+def _serve(_: argparse.Namespace) -> None:
+    from server.app import serve  # noqa: PLC0415 - the other commands start faster without the web server
+
+    try:
+        serve(Settings.load())
+    except SystemExit as stopped:
+        # The web server has exit codes of its own, which here would mean something else.
+        if stopped.code:
+            raise CommandFailed("the server could not start; the reason is above") from None
+
+
+def _worker(_: argparse.Namespace) -> None:
+    from server.worker import main as work  # noqa: PLC0415 - as above
+
+    work()
+
+
+def _migrate(_: argparse.Namespace) -> None:
+    try:
+        for name in asyncio.run(migrate(Settings.load().database_url)):
+            print(name)
+    except MigrationError as problem:
+        raise CommandFailed(str(problem), Exit.REFUSED) from problem
+    except OSError as problem:
+        raise DatabaseUnavailable from problem
+
+
+def _config(arguments: argparse.Namespace) -> None:
+    configuration.show_all(os.environ, as_json=arguments.json)
+
+
+# API keys
+
+
+def _add_keys(commands: Any) -> None:
+    group = _group(commands, "key", "API keys")
+    create = _json(_database_command(group, "create", _key_create, "make a key; it is shown only once"))
+    create.add_argument("name", help="what the key is for, e.g. the app that uses it")
+    choices = [scope.value for scope in Scope]
+    create.add_argument("--scope", action="append", choices=choices, help="may be repeated; files:read and files:write when left out")
+    _json(_database_command(group, "list", _key_list, "all keys, without their secrets"))
+    revoke = _for_real(_database_command(group, "revoke", _key_revoke, "end a key"))
+    revoke.add_argument("key_id")
+
+
+async def _key_create(db: Database, _: Settings, arguments: argparse.Namespace) -> None:
+    scopes = arguments.scope or [Scope.FILES_READ.value, Scope.FILES_WRITE.value]
+    await keys.create(db, name=fields.clean_name(arguments.name), scopes=scopes, as_json=arguments.json)
+
+
+async def _key_list(db: Database, _: Settings, arguments: argparse.Namespace) -> None:
+    await keys.show_all(db, as_json=arguments.json)
+
+
+async def _key_revoke(db: Database, settings: Settings, arguments: argparse.Namespace) -> None:
+    await keys.revoke(db, settings, key_id=arguments.key_id, for_real=arguments.for_real)
+
+
+# Users
+
+
+def _add_users(commands: Any) -> None:
+    group = _group(commands, "user", "users, their quota and their end")
+    show_one = _json(_database_command(group, "show", _user_show, "one user"))
+    show_one.add_argument("user_id", type=_user_id)
+    _json(_database_command(group, "list", _user_list, "all users"))
+    quota = _json(_database_command(group, "set-quota", _user_set_quota, "set how much a user may store"))
+    quota.add_argument("user_id", type=_user_id)
+    quota.add_argument("quota", type=_quota, help="bytes, 10GiB (KiB, MiB, GiB, TiB) or unlimited")
+    delete = _for_real(_database_command(group, "delete", _user_delete, "erase every byte and row of a user"))
+    delete.add_argument("user_id", type=_user_id)
+
+
+async def _user_show(db: Database, _: Settings, arguments: argparse.Namespace) -> None:
+    await users.show_one(db, user_id=arguments.user_id, as_json=arguments.json)
+
+
+async def _user_list(db: Database, _: Settings, arguments: argparse.Namespace) -> None:
+    await users.show_all(db, as_json=arguments.json)
+
+
+async def _user_set_quota(db: Database, _: Settings, arguments: argparse.Namespace) -> None:
+    await users.set_quota(db, user_id=arguments.user_id, max_bytes=arguments.quota, as_json=arguments.json)
+
+
+async def _user_delete(db: Database, settings: Settings, arguments: argparse.Namespace) -> None:
+    await users.delete(db, settings, user_id=arguments.user_id, for_real=arguments.for_real)
+
+
+# Volumes
+
+
+def _add_volumes(commands: Any) -> None:
+    group = _group(commands, "volume", "volumes")
+    init = _json(_database_command(group, "init", _volume_init, "make a mounted directory a volume"))
+    init.add_argument("path", type=Path)
+    _json(_database_command(group, "list", _volume_list, "all volumes and their state"))
+    reopen = _database_command(group, "reopen", _volume_reopen, "let a volume that an I/O error closed take writes again")
+    reopen.add_argument("volume_id", type=UUID)
+
+
+async def _volume_init(db: Database, settings: Settings, arguments: argparse.Namespace) -> None:
+    await volumes.init(db, settings, mount=arguments.path, as_json=arguments.json)
+
+
+async def _volume_list(db: Database, settings: Settings, arguments: argparse.Namespace) -> None:
+    await volumes.show_all(db, settings, as_json=arguments.json)
+
+
+async def _volume_reopen(db: Database, _: Settings, arguments: argparse.Namespace) -> None:
+    await volumes.reopen(db, volume_id=arguments.volume_id)
+
+
+# A user's files, over HTTP
+
+
+def _add_files(commands: Any) -> None:
+    upload = _json(_file_command(commands, "upload", _upload, "store files"))
+    upload.add_argument("path", type=Path, nargs="+")
+    upload.add_argument("--type", choices=KINDS, help="needed only where the bytes fit several types")
+    upload.add_argument("--package-name")
+    upload.add_argument("--tags", help="separated by commas")
+    ls = _json(_file_command(commands, "ls", _ls, "list files, newest first"))
+    for name in ("type", "mime", "tag", "package-name", "name", "sort"):
+        ls.add_argument(f"--{name}", choices=KINDS if name == "type" else None, help="as in GET /api/files")
+    ls.add_argument("--limit", type=int, help="at most so many; all when left out")
+    get = _file_command(commands, "get", _get, "download a file")
+    get.add_argument("file_id", type=UUID)
+    get.add_argument("-o", "--output", help="where to write it, - for standard output; the file's own name when left out")
+    get.add_argument("--force", action="store_true", help="replace an existing file")
+    remove = _for_real(_file_command(commands, "rm", _rm, "delete files"))
+    remove.add_argument("file_id", type=UUID, nargs="+")
+
+
+def _upload(arguments: argparse.Namespace) -> None:
+    given = {"type": arguments.type, "package_name": arguments.package_name, "tags": arguments.tags}
+    files.upload(_server(arguments), paths=arguments.path, fields=_without_none(given), as_json=arguments.json)
+
+
+def _ls(arguments: argparse.Namespace) -> None:
+    given = {name: getattr(arguments, name) for name in ("type", "mime", "tag", "package_name", "name", "sort")}
+    files.show_all(_server(arguments), query=_without_none(given), most=arguments.limit, as_json=arguments.json)
+
+
+def _get(arguments: argparse.Namespace) -> None:
+    files.get(_server(arguments), file_id=str(arguments.file_id), to=arguments.output, force=arguments.force)
+
+
+def _rm(arguments: argparse.Namespace) -> None:
+    files.remove(_server(arguments), ids=[str(each) for each in arguments.file_id], for_real=arguments.for_real)
+
+
+def _server(arguments: argparse.Namespace) -> files.Server:
+    api_key = os.environ.get("COFFER_API_KEY")
+    if not api_key:
+        raise CommandFailed("COFFER_API_KEY is not set: the key to use, made with `coffer key create`", Exit.USAGE)
+    if not arguments.user:
+        raise CommandFailed("say whose files are meant, with --user or COFFER_USER", Exit.USAGE)
+    return files.Server(os.environ.get("COFFER_URL", "http://127.0.0.1:3001"), api_key, fields.clean_user_id(arguments.user))
+
+
+# How a command is declared
+
+
+def _group(commands: Any, name: str, meaning: str) -> Any:
+    return commands.add_parser(name, help=meaning, description=meaning).add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+
+def _command(commands: Any, name: str, run: Run, meaning: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=meaning, description=meaning)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _database_command(commands: Any, name: str, run: DatabaseRun, meaning: str) -> argparse.ArgumentParser:
+    """A command that needs DATABASE_URL, and talks to PostgreSQL without a server."""
+
+    async def with_database(settings: Settings, arguments: argparse.Namespace) -> None:
+        db = Database(settings)
+        await db.open()
+        try:
+            await run(db, settings, arguments)
+        finally:
+            await db.close()
+
+    return _command(commands, name, lambda arguments: asyncio.run(with_database(Settings.load(), arguments)), meaning)
+
+
+def _file_command(commands: Any, name: str, run: Run, meaning: str) -> argparse.ArgumentParser:
+    """A command that talks to a server: COFFER_URL, COFFER_API_KEY and a user."""
+    parser = _command(commands, name, run, meaning)
+    parser.add_argument("--user", default=os.environ.get("COFFER_USER"), help="whose files; COFFER_USER when left out")
+    return parser
+
+
+def _json(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser.add_argument("--json", action="store_true", help="print a line of JSON for each result")
+    return parser
+
+
+def _for_real(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser.add_argument("--for-real", action="store_true", help="do it; without this, it is only told what would be done")
+    return parser
+
+
+def _user_id(text: str) -> str:
+    try:
+        return fields.clean_user_id(text)
+    except InvalidRequest as problem:
+        raise argparse.ArgumentTypeError(problem.reason) from None
+
+
+def _quota(text: str) -> int | None:
+    if text == "unlimited":
+        return None
+    number = text.rstrip("BGIKMTbikmgt")
+    unit = text[len(number) :].upper()
+    if not number.isascii() or not number.isdigit() or unit not in _UNITS:
+        raise argparse.ArgumentTypeError("say a number of bytes, or such as 500MiB or 10GiB, or unlimited")
+    return int(number) * _UNITS[unit]
+
+
+def _without_none(given: dict[str, str | None]) -> dict[str, str]:
+    return {name: value for name, value in given.items() if value is not None}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What the `coffer` command does, by subject. `server/cli.py` reads the command line and calls these."""

@@ -1,0 +1,236 @@
+"""The `coffer` command, run as a person or a script runs it."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import termios
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import pytest
+
+from server import cli
+from server.commands.failures import MEANING, Exit, code_of
+from server.commands.output import printable
+from server.errors import CofferError
+from server.settings import Settings, variable
+from tests.samples import image, video
+from tests.serving import RunningServer
+
+USER = "üser/1"
+
+
+@dataclass(frozen=True)
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Coffer = Callable[..., Done]
+
+
+@pytest.fixture
+def coffer(server: RunningServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Coffer:
+    """Runs `coffer` against a server of this test's own, in a directory of its own."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name in list(os.environ):
+        if name.startswith(("COFFER_", "DATABASE_URL")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("COFFER_URL", server.url)
+    monkeypatch.setenv("COFFER_API_KEY", server.api_key)
+    monkeypatch.setenv("COFFER_USER", USER)
+    monkeypatch.setenv("DATABASE_URL", server.database_url)
+
+    def run(*arguments: str, **environment: str) -> Done:
+        capfd.readouterr()
+        with monkeypatch.context() as changed:
+            for name, value in environment.items():
+                changed.setenv(name, value)
+            try:
+                code = cli.run(arguments)
+            except SystemExit as stopped:  # argparse
+                code = int(stopped.code or 0)
+        return Done(code, *capfd.readouterr())
+
+    return run
+
+
+def uploaded(coffer: Coffer, path: Path, *options: str) -> str:
+    done = coffer("upload", str(path), "--json", *options)
+    assert done.returncode == 0, done.stderr
+    file_id: str = json.loads(done.stdout)["id"]
+    return file_id
+
+
+def test_a_file_goes_up_is_listed_comes_back_and_goes(coffer: Coffer, tmp_path: Path) -> None:
+    path = tmp_path / "Ein Bild ü.png"
+    path.write_bytes(image(3_000_000))
+    file_id = uploaded(coffer, path, "--tags", "a,b", "--package-name", "p")
+    (listed,) = coffer("ls", "--json").stdout.splitlines()
+    assert json.loads(listed) | {"file_name": path.name, "tags": ["a", "b"], "package_name": "p"} == json.loads(listed)
+    assert path.name in coffer("ls", "--type", "image", "--tag", "a").stdout
+    assert coffer("ls", "--type", "video").stdout == ""
+    assert coffer("get", file_id).returncode == 0
+    assert (tmp_path / "here" / path.name).read_bytes() == path.read_bytes()
+    assert coffer("get", file_id).returncode == Exit.REFUSED
+    assert coffer("get", file_id, "--force", "-o", str(tmp_path / "elsewhere")).returncode == 0
+    rehearsed = coffer("rm", file_id)
+    assert (rehearsed.returncode, "Nothing was changed" in rehearsed.stderr) == (0, True)
+    assert coffer("ls").stdout != ""
+    assert coffer("rm", file_id, "--for-real").stdout.split() == [file_id]
+    assert coffer("rm", file_id, "--for-real").returncode == Exit.NOT_FOUND
+    assert coffer("get", file_id).returncode == Exit.NOT_FOUND
+    assert coffer("ls").stdout == ""
+    assert [each.name for each in (tmp_path / "here").iterdir()] == [path.name]
+
+
+def test_ls_follows_the_pages(coffer: Coffer, tmp_path: Path) -> None:
+    paths = []
+    for number in range(60):
+        paths.append(tmp_path / f"{number:02}.png")
+        paths[-1].write_bytes(image(200, seed=number))
+    assert coffer("upload", *map(str, paths)).returncode == 0
+    names = [json.loads(line)["file_name"] for line in coffer("ls", "--json", "--sort", "name").stdout.splitlines()]
+    assert names == [path.name for path in paths]
+    assert len(coffer("ls", "--limit", "55").stdout.splitlines()) == 55
+
+
+def test_one_bad_file_does_not_keep_the_others_back(coffer: Coffer, tmp_path: Path) -> None:
+    good, text = tmp_path / "good.mp4", tmp_path / "text.mp4"
+    good.write_bytes(video())
+    text.write_text("just text")
+    done = coffer("upload", "/nonexistent", str(text), str(tmp_path), str(good))
+    assert done.returncode == Exit.NOT_FOUND
+    assert len(done.stdout.splitlines()) == 1
+    assert "unsupported_type" in done.stderr
+
+
+def test_a_refused_upload_says_why(coffer: Coffer, tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(image(3_000_000))
+    assert coffer("user", "set-quota", USER, "1MiB").returncode == 0
+    done = coffer("upload", str(path))
+    assert done.returncode == Exit.REFUSED
+    assert "quota_exceeded" in done.stderr
+    assert "needed_bytes: 3000000" in done.stderr
+
+
+def test_a_name_that_is_a_path_is_not_written_to(coffer: Coffer, server: RunningServer, tmp_path: Path) -> None:
+    names = ("../outside", "/tmp/x", "..", ".profile")
+    with server.client(USER) as client:
+        ids = [client.post("/api/files/upload", params={"name": name}, content=image()).json()["id"] for name in names]
+    for file_id in ids:
+        assert coffer("get", file_id).returncode == Exit.REFUSED
+    assert coffer("get", ids[0], "-o", "-").returncode == 0
+
+
+def test_a_terminal_sees_progress_and_no_control_characters(server: RunningServer, tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(image(1_000_000))
+    outer, inner = pty.openpty()
+    termios.tcsetwinsize(inner, (24, 80))
+    os.set_blocking(outer, False)
+    environment = {"COFFER_URL": server.url, "COFFER_API_KEY": server.api_key, "COFFER_USER": USER, "PATH": os.defpath, "TERM": "xterm"}
+    command = [sys.executable, "-m", "server.cli", "upload", str(path)]
+    done = subprocess.run(command, env=environment, check=False, stdout=subprocess.PIPE, stderr=inner, timeout=30)
+    seen = os.read(outer, 100_000)
+    os.close(inner)
+    os.close(outer)
+    assert done.returncode == 0
+    assert b"a.png" in seen
+    assert b"0.00/977k" in seen
+    assert printable("a\x1b[2Jb\u202ec") == "a\\x1b[2Jb\\u202ec"
+
+
+def test_keys(coffer: Coffer) -> None:
+    made = json.loads(coffer("key", "create", "an app", "--scope", "files:read", "--json").stdout)
+    assert coffer("ls", COFFER_API_KEY=made["key"]).returncode == 0
+    assert coffer("rm", made["key_id"].ljust(36, "0"), "--for-real", COFFER_API_KEY=made["key"]).returncode == Exit.USAGE
+    assert "an app" in coffer("key", "list").stdout
+    assert made["key"] not in coffer("key", "list", "--json").stdout
+    assert coffer("key", "revoke", made["key_id"]).returncode == 0
+    assert coffer("ls", COFFER_API_KEY=made["key"]).returncode == 0
+    assert coffer("key", "revoke", made["key_id"], "--for-real").returncode == 0
+    assert json.loads(coffer("key", "list", "--json").stdout.splitlines()[-1])["revoked_at"]
+    assert coffer("key", "revoke", "unknown").returncode == Exit.NOT_FOUND
+
+
+def test_users(coffer: Coffer, server: RunningServer, tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(image(1_000))
+    uploaded(coffer, path)
+    shown = json.loads(coffer("user", "show", USER, "--json").stdout)
+    assert shown | {"total_bytes": 1_000, "file_count": 1, "by_type": {"image": {"file_count": 1, "total_bytes": 1_000}}} == shown
+    assert json.loads(coffer("user", "set-quota", "new", "unlimited", "--json").stdout)["max_bytes"] is None
+    assert json.loads(coffer("user", "set-quota", "new", "2GiB", "--json").stdout)["max_bytes"] == 2 * 2**30
+    assert [json.loads(line)["user_id"] for line in coffer("user", "list", "--json").stdout.splitlines()] == ["new", USER]
+    assert coffer("user", "delete", USER).returncode == 0
+    assert len(server.stored_paths()) == 1
+    assert coffer("user", "delete", USER, "--for-real").returncode == 0
+    assert server.stored_paths() == []
+    for command in ("show", "delete"):
+        assert coffer("user", command, USER).returncode == Exit.NOT_FOUND
+
+
+def test_volumes(coffer: Coffer, server: RunningServer, tmp_path: Path) -> None:
+    second = tmp_path / "second"
+    second.mkdir()
+    assert coffer("volume", "init", str(second)).returncode == 0
+    listed = [json.loads(line) for line in coffer("volume", "list", "--json").stdout.splitlines()]
+    assert [(line["mount_path"], line["state"]) for line in listed] == [(str(server.volume), "open"), (str(second), "open")]
+    assert coffer("volume", "init", str(second)).returncode == 0
+    assert coffer("volume", "reopen", listed[1]["id"]).returncode == 0
+    (second / ".coffer-volume").unlink()
+    assert coffer("volume", "init", str(second)).returncode == Exit.REFUSED
+    assert coffer("volume", "init", str(tmp_path / "nowhere")).returncode == Exit.NOT_FOUND
+
+
+def test_config_tells_every_setting_and_no_secret(coffer: Coffer, server: RunningServer) -> None:
+    done = coffer("config", "--json")
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["variable"] for line in told] == [variable(each.name) for each in fields(Settings)]
+    assert all(line["meaning"] for line in told)
+    assert told[0]["source"] == "DATABASE_URL"
+    assert server.database_url not in done.stdout
+    wrong = coffer("config", COFFER_PORT="many")
+    assert (wrong.returncode, "COFFER_PORT" in wrong.stderr) == (Exit.USAGE, True)
+
+
+def test_exit_codes(coffer: Coffer) -> None:
+    nobody = "postgresql://a:b@127.0.0.1:1/x"
+    for arguments, environment, code in (
+        ("", {}, Exit.USAGE),
+        ("user set-quota u 10apples", {}, Exit.USAGE),
+        ("user show " + 256 * "x", {}, Exit.USAGE),
+        ("user list", {"DATABASE_URL": ""}, Exit.USAGE),
+        ("user list", {"DATABASE_URL": nobody}, Exit.UNAVAILABLE),
+        ("migrate", {"DATABASE_URL": nobody}, Exit.UNAVAILABLE),
+        ("migrate", {}, Exit.OK),
+        ("ls", {"COFFER_URL": "http://127.0.0.1:1"}, Exit.UNAVAILABLE),
+        ("ls", {"COFFER_API_KEY": ""}, Exit.USAGE),
+        ("ls", {"COFFER_USER": ""}, Exit.USAGE),
+        ("ls", {"COFFER_API_KEY": "cof_wrong"}, Exit.REFUSED),
+    ):
+        done = coffer(*arguments.split(), **environment)
+        assert done.returncode == code, (arguments, environment, done)
+
+
+def test_a_server_that_cannot_start_fails(database_url: str) -> None:
+    command = [sys.executable, "-m", "server.cli", "serve"]
+    environment = {"DATABASE_URL": database_url, "COFFER_HOST": "192.0.2.1", "PATH": os.defpath}
+    assert subprocess.run(command, env=environment, check=False, capture_output=True, timeout=30).returncode == Exit.FAILURE
+
+
+def test_every_exit_code_is_documented_and_every_error_has_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.run(["--help"])
+    shown = capsys.readouterr().out
+    for code in Exit:
+        assert MEANING[code] in shown
+    for error in CofferError.__subclasses__():
+        assert code_of(error.__new__(error)) is not Exit.OK
