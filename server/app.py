@@ -9,6 +9,7 @@ import uvicorn
 from server import logs
 from server.api import application
 from server.api.front import Front
+from server.api.protocol import UploadProtocol
 from server.api.services import Services
 from server.auth import Authenticator
 from server.delivery import Delivery
@@ -75,7 +76,7 @@ def serve(settings: Settings) -> None:
             port=settings.port,
             workers=settings.processes,
             loop="uvloop",
-            http="httptools",
+            http=UploadProtocol,
             ws="none",
             lifespan="on",
             log_config=None,

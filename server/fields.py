@@ -108,6 +108,8 @@ def _check_json(value: object, field: str, levels: int) -> None:
                 raise InvalidRequest(field, "numbers must be zero or between 1e-30 and 1e30 in size")
         case dict():
             for key, each in value.items():
+                if not isinstance(key, str):
+                    raise InvalidRequest(field, "must be a JSON object")
                 _check_json(key, field, levels)
                 _check_json(each, field, levels - 1)
         case list():

@@ -17,7 +17,7 @@ import msgspec
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 _OWN_ATTRIBUTES = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "color_message"}
-_SECRETS = re.compile(r"(cof_[a-z2-7]{16}_)[A-Za-z0-9_-]+|(\w+://[^\s/:@]*:)[^\s/@]+(?=@)|(\bbearer\s+)\S+", re.IGNORECASE)
+_SECRETS = re.compile(r"""(cof_[a-z2-7]{16}_)[A-Za-z0-9_-]+|(\w+://[^\s/:@"]*:)[^\s/@"\\]+(?=@)|(\bbearer\s+)[^\s"\\]+""", re.IGNORECASE)
 _encoder = msgspec.json.Encoder(enc_hook=str)
 _access_is_logged = False
 

@@ -15,6 +15,10 @@ from server.errors import InvalidRequest, NotFound
 LARGEST_JSON_BYTES = 2**20  # the longest honest body, names and metadata written as escapes, is under 0.5 MiB
 
 
+# What clients call the parameters that have another name in the handlers.
+_NAMES_OUTSIDE = {"data": "body", "file_type": "type"}
+
+
 def build(services: Services) -> ASGIApp:
     """The application over these services. It needs no start-up of its own."""
     described: list[openapi.Handler] = [files.router, storage.router, users.router, *health.handlers]
@@ -38,8 +42,6 @@ def _pass_on(_: Request[Any, Any, Any], error: Exception) -> NoReturn:
             raise _invalid(error) from error
         case HTTPException(status_code=404):
             raise NotFound from error
-        case HTTPException(status_code=400) if isinstance(error.__cause__ or error.__context__, KeyError):
-            raise InvalidRequest("body", "is missing") from error
         case HTTPException(status_code=400):
             raise InvalidRequest("body", error.detail) from error
         case HTTPException(status_code=status) if status < 500:
@@ -52,5 +54,6 @@ def _pass_on(_: Request[Any, Any, Any], error: Exception) -> NoReturn:
 
 def _invalid(error: ValidationException) -> InvalidRequest:
     first = error.extra[0] if isinstance(error.extra, list) and error.extra else {}
-    key = str(first.get("key", "request"))
-    return InvalidRequest("body" if key == "data" else key, str(first.get("message", error.detail)))
+    name, message = str(first.get("key", "request")), str(first.get("message", error.detail))
+    # Litestar tells of a missing body with the text of a KeyError.
+    return InvalidRequest(_NAMES_OUTSIDE.get(name, name), "is missing" if message == repr(name) else message)

@@ -58,8 +58,8 @@ class FileList(msgspec.Struct):
 class FileChanges(msgspec.Struct, forbid_unknown_fields=True):
     """What is left out stays as it is. `metadata` replaces all of the old; `package_name` null takes the file out of its package."""
 
-    file_name: str | UnsetType = UNSET
-    package_name: str | UnsetType | None = UNSET
+    file_name: Annotated[str, Meta(min_length=1, max_length=fields.NAME_CHARACTERS)] | UnsetType = UNSET
+    package_name: Annotated[str, Meta(max_length=fields.PACKAGE_NAME_CHARACTERS)] | UnsetType | None = UNSET
     metadata: dict[str, Any] | UnsetType = UNSET
 
 
@@ -120,11 +120,15 @@ async def list_files(
     file_type: Annotated[Kind | None, Parameter(query="type", description="Only files of this kind.")] = None,
     mime: Annotated[str | None, Parameter(description="Only this MIME type.")] = None,
     tag: Annotated[str | None, Parameter(description="Only files with this tag.")] = None,
-    favorite: Annotated[bool | None, Parameter(description="Only favourites, or only others.")] = None,
+    favorite: Annotated[bool | None, Parameter(description="With true, only favourites.")] = None,
     package_name: Annotated[str | None, Parameter(description="Only files of this package.")] = None,
-    name: Annotated[str | None, Parameter(description="Only names with a word that starts so, in any case. Implies sort=name.")] = None,
-    created_from: Annotated[str | None, Parameter(description="Uploaded at this time or later: RFC 3339, or a date (UTC).")] = None,
-    created_to: Annotated[str | None, Parameter(description="Uploaded before this time: RFC 3339, or a date (UTC).")] = None,
+    name: Annotated[str | None, Parameter(description="Only names with a word that starts so, in any case. Comes with sort=name.")] = None,
+    created_from: Annotated[
+        str | None, Parameter(description="Uploaded at this time or later: RFC 3339, or a date (UTC). Comes with sort=created.")
+    ] = None,
+    created_to: Annotated[
+        str | None, Parameter(description="Uploaded before this time: RFC 3339, or a date (UTC). Comes with sort=created.")
+    ] = None,
     sort: Annotated[Sort | None, Parameter(description="A leading minus sorts downward. Newest first when left out.")] = None,
     limit: Annotated[int | None, Parameter(ge=1, description=f"Files on the page; {DEFAULT_PAGE} when left out.")] = None,
     cursor: Annotated[str | None, Parameter(description="`next_cursor` of the page before, with the same filters and sort.")] = None,

@@ -18,12 +18,10 @@ from uuid import UUID
 from uuid_utils import uuid7
 
 from server import logs
-from server.api.door import admit
 from server.api.download import download
 from server.api.problems import HttpRefusal, Problem
 from server.api.services import Services
 from server.api.upload import replace, upload
-from server.auth import Scope
 from server.errors import NotFound
 
 Message = MutableMapping[str, Any]
@@ -149,8 +147,6 @@ class Front:
         except ValueError:
             known = None
         if known is None:
-            # As for a file that does not exist: first who asks, then the same answer.
-            await admit(self._services, scope, byte_route.needed)
             raise NotFound
         await byte_route.handler(self._services, known, scope, exchange.receive, exchange.send)
 
@@ -158,15 +154,14 @@ class Front:
 class _ByteRoute(NamedTuple):
     template: str
     methods: tuple[str, ...]
-    needed: Scope
     handler: Callable[..., Awaitable[None]]
 
 
 # By whether a file's id stands before the last segment, and that segment.
 _BYTE_ROUTES = {
-    (False, "upload"): _ByteRoute("/api/files/upload", ("POST",), Scope.FILES_WRITE, upload),
-    (True, "content"): _ByteRoute("/api/files/{file_id}/content", ("PUT",), Scope.FILES_WRITE, replace),
-    (True, "download"): _ByteRoute("/api/files/{file_id}/download", ("GET", "HEAD"), Scope.FILES_READ, download),
+    (False, "upload"): _ByteRoute("/api/files/upload", ("POST",), upload),
+    (True, "content"): _ByteRoute("/api/files/{file_id}/content", ("PUT",), replace),
+    (True, "download"): _ByteRoute("/api/files/{file_id}/download", ("GET", "HEAD"), download),
 }
 
 

@@ -69,7 +69,7 @@ async def _check_database(db: ledger.Database) -> DatabaseCheck:
     try:
         await db.check()
         missing = await ledger.pending(db)
-    except CofferError as problem:
+    except (CofferError, ledger.MigrationError) as problem:
         return DatabaseCheck(False, str(problem))
     if missing:
         return DatabaseCheck(False, f"{len(missing)} migrations have not been applied: run `coffer migrate`")

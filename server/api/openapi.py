@@ -70,7 +70,7 @@ def describe(described: list[Handler]) -> Json:
     components["securitySchemes"] = {"ApiKey": {"type": "http", "scheme": "bearer", "description": "An API key: `cof_...`."}}
     components["parameters"] = {"ActingUser": _ACTING_USER}
     components["responses"] = {"Problem": {"description": "A failure.", "content": {MEDIA_TYPE: {"schema": _ref("Problem")}}}}
-    components["schemas"] = dict(sorted({**components.get("schemas", {}), "Problem": _PROBLEM}.items()))
+    components["schemas"] = dict(sorted({**components.get("schemas", {}), "Problem": _PROBLEM, "UploadResults": _UPLOAD_RESULTS}.items()))
     for name in _CLOSED:
         components["schemas"][name]["additionalProperties"] = False
     description["paths"]["/api/files/{file_id}/favorite"]["post"]["requestBody"]["required"] = False
@@ -156,11 +156,27 @@ _PROBLEM: Json = {
     },
 }
 
+_UPLOAD_RESULTS: Json = {
+    "type": "object",
+    "required": ["results"],
+    "properties": {
+        "results": {
+            "type": "array",
+            "description": "In the order of the form's files.",
+            "items": {
+                "type": "object",
+                "required": ["status"],
+                "properties": {"status": {"type": "integer"}, "file": _ref("FileAnswer"), "problem": _ref("Problem")},
+            },
+        }
+    },
+}
+
 _FILE_ID: Json = {"name": "file_id", "in": "path", "required": True, "schema": {"type": "string", "format": "uuid"}}
 _BINARY: Json = {"type": "string", "format": "binary"}
 _KIND: Json = {"type": "string", "enum": list(KINDS)}
 _DIGESTS = [
-    _header("Content-Digest", "RFC 9530, `sha-256=:...:`. Bytes that do not match are refused, and nothing is stored."),
+    _header("Content-Digest", "RFC 9530, `sha-256=:...:` or sha-512. Bytes that do not match are refused, and nothing is stored."),
     _header("Repr-Digest", "As Content-Digest."),
     _header("Content-MD5", "The MD5 of the bytes in base64."),
 ]
@@ -178,6 +194,7 @@ _UPLOAD: Json = {
         _query("type", _KIND, "The kind that the bytes must be of."),
         _query("package_name", {"type": "string", "maxLength": PACKAGE_NAME_CHARACTERS}, "The package that the file belongs to."),
         _query("tags", {"type": "string"}, "Tags, separated by commas."),
+        _query("metadata", {"type": "string"}, "A JSON object."),
         _header("Idempotency-Key", "Requests with the same key store one file, however often they are repeated."),
         *_DIGESTS,
     ],
@@ -200,7 +217,14 @@ _UPLOAD: Json = {
             },
         },
     },
-    "responses": {"201": _answer("Stored.", _ref("FileAnswer"), Location="Where the file's fields are.")},
+    "responses": {
+        "201": _answer(
+            "Stored. For a form with several files, one result for each.",
+            {"anyOf": [_ref("FileAnswer"), _ref("UploadResults")]},
+            Location="Where the file's fields are.",
+        ),
+        "207": _answer("Of several files some were refused; one result for each.", _ref("UploadResults")),
+    },
 }
 
 _REPLACE: Json = {
@@ -231,6 +255,7 @@ def _download(method: str, description: str) -> Json:
         "description": description,
         "parameters": [
             _FILE_ID,
+            _query("disposition", {"type": "string", "enum": ["inline", "attachment"]}, "How a browser is to treat the bytes."),
             _header("Range", "One range of bytes, such as `bytes=0-499`."),
             _header("If-Range", "The ETag or date for which the range is meant; else all bytes are sent."),
             _header("If-None-Match", "ETags that the client has."),

@@ -1,0 +1,170 @@
+"""What a refused request looks like from outside, whoever refused it."""
+
+import json
+import socket
+
+import httpx
+import pytest
+
+from tests.samples import image
+from tests.serving import RunningServer
+from tests.waiting import until
+
+MISSING = "01890000-0000-7000-8000-000000000000"
+PROBLEM = "application/problem+json"
+
+
+def without_id(answer: httpx.Response) -> tuple[int, object]:
+    assert answer.headers["content-type"] == PROBLEM
+    body = answer.json()
+    assert body.pop("request_id") == answer.headers["x-request-id"]
+    return answer.status_code, body
+
+
+def test_a_missing_file_anothers_file_and_a_malformed_id_look_alike(api: RunningServer) -> None:
+    with api.client("ada") as ada, api.client("bob") as bob:
+        hers = ada.post("/api/files/upload", content=image()).json()["id"]
+        routes: list[tuple[str, str, object]] = [
+            ("GET", "", None),
+            ("PATCH", "", {"file_name": "x"}),
+            ("DELETE", "", None),
+            ("POST", "/favorite", None),
+            ("PUT", "/tags", {"tags": []}),
+            ("POST", "/copy", None),
+            ("PUT", "/content", None),
+            ("GET", "/download", None),
+        ]
+        for method, tail, body in routes:
+            answers = {
+                json.dumps(without_id(bob.request(method, f"/api/files/{file_id}{tail}", json=body)))
+                for file_id in (MISSING, hers, "nonsense", "%00", MISSING[:-1], f"{{{MISSING}}}"[:36])
+            }
+            assert len(answers) == 1 and json.loads(answers.pop())[0] == 404, (method, tail)
+            head = bob.head(f"/api/files/{hers}/download")
+            assert (head.status_code, head.content) == (404, b"")
+        assert bob.post("/api/files/delete", json={"ids": [hers]}).json()["results"] == [{"id": hers, "status": "not_found"}]
+        assert ada.get(f"/api/files/{hers}/download").content == image()
+
+
+def test_unknown_routes_and_methods(api: RunningServer) -> None:
+    with api.client("ada") as client:
+        assert without_id(client.get("/api/nowhere"))[0] == 404
+        assert without_id(client.get("/"))[0] == 404
+        for method, path in (
+            ("GET", "/api/files/upload"),
+            ("POST", f"/api/files/{MISSING}/download"),
+            ("PUT", "/api/files"),
+            ("TRACE", "/health/live"),
+        ):
+            answer = client.request(method, path)
+            status, body = without_id(answer)
+            assert status == 405 and isinstance(body, dict) and body["code"] == "method_not_allowed"
+            assert method not in answer.headers["allow"] and answer.headers["allow"]
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        (b"", "body"),
+        (b"{", "body"),
+        (b"[]", "body"),
+        (b"\xff", "body"),
+        (b'{"nmae": "x"}', "body"),
+        (b'{"file_name": 7}', "file_name"),
+        (b'{"file_name": ""}', "file_name"),
+        (b'{"file_name": "a\\u0000b"}', "file_name"),
+        (b'{"metadata": []}', "metadata"),
+        (b'{"metadata": {"a": "\\u0000"}}', "metadata"),
+        (b'{"metadata": ' + b'{"a":' * 900 + b"1" + b"}" * 900 + b"}", "metadata"),
+        (b'{"metadata": ' + b'{"a":' * 90_000 + b"1" + b"}" * 90_000 + b"}", "body"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_bodies_that_cannot_be_accepted(api: RunningServer, body: bytes, field: str) -> None:
+    with api.client("ada") as client:
+        status, problem = without_id(client.patch(f"/api/files/{MISSING}", content=body))
+        assert status == 400 and isinstance(problem, dict)
+        assert (problem["code"], problem["field"]) == ("invalid_request", field) and problem["reason"]
+        assert "'data'" not in str(problem)
+
+
+def test_a_body_over_a_mebibyte_is_refused_declared_or_not(api: RunningServer) -> None:
+    with api.client("ada") as client:
+        for content in (b" " * (2**20 + 1), iter([b" " * 2**20, b" "])):
+            status, problem = without_id(client.patch(f"/api/files/{MISSING}", content=content))
+            assert status == 413 and isinstance(problem, dict) and problem["code"] == "body_too_large"
+
+
+def test_request_ids_are_taken_over_when_they_are_sane(api: RunningServer) -> None:
+    with api.client("ada") as client:
+        for sane in ("a", "A-b_c.9", "x" * 64):
+            assert client.get("/api/files", headers={"X-Request-Id": sane}).headers["x-request-id"] == sane
+        for other in ("", "x" * 65, "a b", "a,b", '"', "é".encode()):
+            answer = client.get("/api/files", headers=[(b"X-Request-Id", other if isinstance(other, bytes) else other.encode())])
+            assert len(answer.headers["x-request-id"]) == 36
+        assert client.get("/api/files").headers["x-request-id"] != client.get("/api/files").headers["x-request-id"]
+
+
+def test_an_early_refusal_leaves_the_connection_usable(api: RunningServer) -> None:
+    """The body that nobody wanted is read away, and the next request on the same connection is answered."""
+    body = image(3_000_000)
+    with socket.create_connection((api.host, api.port), timeout=20) as connection:
+        head = f"POST /api/files/upload HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode() + body)
+        connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        answers = b""
+        while piece := connection.recv(65_536):
+            answers += piece
+    assert answers.startswith(b"HTTP/1.1 401") and answers.count(b"HTTP/1.1 200 OK") == 1
+
+
+def test_answers_are_neither_cached_nor_sniffed(api: RunningServer) -> None:
+    with api.client("ada") as client:
+        for answer in (client.get("/api/files"), client.get("/api/storage/usage"), client.get("/api/nowhere"), client.get("/health/ready")):
+            assert (answer.headers["cache-control"], answer.headers["x-content-type-options"]) == ("no-store", "nosniff")
+
+
+def test_a_client_that_leaves_is_no_error(api: RunningServer) -> None:
+    with socket.create_connection((api.host, api.port), timeout=20) as connection:
+        head = f"POST /api/files/upload HTTP/1.1\r\nHost: x\r\nX-Request-Id: leaver\r\nAuthorization: Bearer {api.api_key}\r\n"
+        connection.sendall(f"{head}X-User-Id: ada\r\nContent-Length: 100000\r\n\r\n".encode() + image(50_000))
+
+    (line,) = until(lambda: [json.loads(line) for line in api.logged().splitlines() if '"leaver"' in line])
+    assert (line["logger"], line["level"], line["status"]) == ("coffer.access", "info", 499)
+
+
+@pytest.mark.parametrize("endless", ["header", "headers", "trailer", "path"])
+def test_a_head_without_end_is_hung_up_on(api: RunningServer, endless: str) -> None:
+    credentials = f"Authorization: Bearer {api.api_key}\r\nX-User-Id: ada\r\n"
+    piece = b"a" * 1_000
+    with socket.create_connection((api.host, api.port), timeout=20) as connection:
+        match endless:
+            case "header":
+                connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\nX-A: ")
+            case "headers":
+                connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n")
+                piece = b"X-A: " + b"a" * 993 + b"\r\n"
+            case "trailer":
+                head = f"POST /api/files/upload HTTP/1.1\r\nHost: x\r\n{credentials}Transfer-Encoding: chunked\r\n\r\n"
+                connection.sendall(f"{head}5\r\nhello\r\n0\r\nX-A: ".encode())
+            case "path":
+                connection.sendall(b"GET /")
+        before = api.peak_memory_bytes()
+        with pytest.raises(OSError):  # reset, or a broken pipe
+            for _ in range(50_000):
+                connection.sendall(piece)
+        assert api.peak_memory_bytes() - before < 4 * 2**20
+
+
+def test_a_head_of_ordinary_size_is_fine(api: RunningServer) -> None:
+    with api.client("ada") as client:
+        assert client.get("/api/files", headers={"X-Large": "a" * 30_000}).status_code == 200
+
+
+def test_a_trailer_is_no_header(api: RunningServer) -> None:
+    """Whoever may send bytes behind the head must not be able to name another user."""
+    body = image()
+    with socket.create_connection((api.host, api.port), timeout=20) as connection:
+        head = f"POST /api/files/upload HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {api.api_key}\r\nTransfer-Encoding: chunked\r\n\r\n"
+        connection.sendall(f"{head}{len(body):x}\r\n".encode() + body + b"\r\n0\r\nX-User-Id: mallory\r\n\r\n")
+        assert connection.recv(100).split(b" ", 2)[1] == b"400"

@@ -1,0 +1,92 @@
+"""The OpenAPI description: complete, and honest enough that generated requests meet no 500 and no undescribed answer."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+
+from tests.samples import image
+from tests.serving import RunningServer, ServerFactory
+
+ROUTES = {
+    "POST /api/files/upload",
+    "GET /api/files",
+    "GET /api/files/{file_id}",
+    "PATCH /api/files/{file_id}",
+    "DELETE /api/files/{file_id}",
+    "POST /api/files/{file_id}/favorite",
+    "POST /api/files/{file_id}/copy",
+    "GET /api/files/{file_id}/download",
+    "HEAD /api/files/{file_id}/download",
+    "PUT /api/files/{file_id}/content",
+    "PUT /api/files/{file_id}/tags",
+    "POST /api/files/delete",
+    "GET /api/storage/usage",
+    "GET /api/users",
+    "GET /api/users/{user_id}",
+    "PUT /api/users/{user_id}/quota",
+    "DELETE /api/users/{user_id}",
+    "GET /health/live",
+    "GET /health/ready",
+}
+CHECKS = ["not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance", "ignored_auth"]
+
+
+def test_every_route_is_described(api: RunningServer) -> None:
+    description = httpx.get(f"{api.url}/schema/openapi.json").json()
+    described = {f"{method.upper()} {path}" for path, item in description["paths"].items() for method in item}
+    assert described == ROUTES
+    upload = description["paths"]["/api/files/upload"]["post"]["requestBody"]["content"]
+    assert upload.keys() == {"application/octet-stream", "multipart/form-data"}
+    identifiers = [operation["operationId"] for item in description["paths"].values() for operation in item.values()]
+    assert len(set(identifiers)) == len(identifiers)
+    text = json.dumps(description)
+    for reference in set(re.findall(r'"#/components/(\w+)/(\w+)"', text)):
+        assert reference[1] in description["components"][reference[0]], reference
+
+
+def test_browsers_get_a_page_that_needs_nothing_from_elsewhere(api: RunningServer) -> None:
+    page = httpx.get(f"{api.url}/schema", headers={"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"})
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert page.headers["content-security-policy"].startswith("default-src 'none'")
+    assert not re.search(r"<script|https?://|src=|@import|url\(", page.text)
+    for route in ROUTES:
+        method, path = route.split(" ")
+        assert f"<span class=method>{method}</span> {path}</code>" in page.text
+    anyone = httpx.get(f"{api.url}/schema")
+    assert anyone.headers["content-type"] == "application/json" and anyone.json() == httpx.get(f"{api.url}/schema/openapi.json").json()
+
+
+def test_the_description_can_be_switched_off(start_server: ServerFactory) -> None:
+    server = start_server(COFFER_SCHEMA_DOCUMENTATION="false")
+    for path in ("/schema", "/schema/openapi.json"):
+        assert httpx.get(f"{server.url}{path}").status_code == 404
+
+
+def test_generated_requests_meet_no_500_and_what_is_described(server: RunningServer, tmp_path: Path) -> None:
+    with server.client("ada") as client:
+        file_id = client.post("/api/files/upload", content=image()).json()["id"]
+    # An id that exists, so that more than 404s are met. One process of the generator at a time, and the same requests each time.
+    (tmp_path / "schemathesis.toml").write_text(
+        f"""
+        headers = {{ Authorization = "Bearer {server.api_key}", X-User-Id = "ada" }}
+        [[operations]]
+        include-path-regex = "file_id"
+        include-method = ["GET", "PUT", "POST", "HEAD", "PATCH"]
+        parameters = {{ "path.file_id" = "{file_id}" }}
+        """
+    )
+    command = [
+        str(Path(sys.executable).with_name("schemathesis")),
+        "--config-file",
+        "schemathesis.toml",
+        "run",
+        f"{server.url}/schema/openapi.json",
+    ]
+    options = ["--checks", ",".join(CHECKS), "--phases", "examples,coverage,fuzzing", "--max-examples", "30", "--seed", "1", "--no-shrink"]
+    ran = subprocess.run([*command, *options], cwd=tmp_path, check=False, capture_output=True, text=True, timeout=240)
+    assert ran.returncode == 0, ran.stdout[-10_000:] + ran.stderr[-2_000:]
+    assert '"level":"error"' not in server.logged()
