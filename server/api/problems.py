@@ -31,7 +31,7 @@ STATUS: dict[type[CofferError], int] = {
     errors.KindRequired: 400,
     errors.DigestMismatch: 400,
     errors.IncompleteBody: 400,
-    errors.Damaged: 500,
+    errors.Damaged: 410,
     errors.IdempotencyInProgress: 409,
     errors.IdempotencyKeyReused: 422,
     errors.Conflict: 409,

@@ -131,8 +131,8 @@ def test_damage_is_told_before_the_answer_begins(server: RunningServer) -> None:
         path.write_bytes(BODY[:-1])
         for _ in range(2):
             answer = client.get(url, headers={"Range": "bytes=0-0"})
-            assert (answer.status_code, answer.json()["code"]) == (500, "damaged")
-            assert client.head(url).status_code == 500
+            assert (answer.status_code, answer.json()["code"]) == (410, "damaged")
+            assert client.head(url).status_code == 410
             path.unlink(missing_ok=True)
 
 
