@@ -7,7 +7,7 @@ from uuid import UUID
 import msgspec
 
 from server.errors import NotFound, PreconditionFailed
-from server.ledger.database import COMMIT_PATIENCE_SECONDS, LONG_PATIENCE_SECONDS, Database, Row
+from server.ledger.database import COMMIT_PATIENCE_SECONDS, LONG_PATIENCE_SECONDS, Database, Row, unstorable
 from server.ledger.models import File, NewFile, ReplacedContent, Tombstone
 from server.ledger.statements import statement
 
@@ -158,4 +158,7 @@ def _one(rows: list[Row]) -> File:
 
 
 def _json(value: dict[str, Any]) -> str:
-    return msgspec.json.encode(value).decode()
+    try:
+        return msgspec.json.encode(value).decode()
+    except UnicodeEncodeError as problem:  # half of a surrogate pair
+        raise unstorable() from problem

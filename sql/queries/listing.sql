@@ -1,62 +1,90 @@
--- Lists. Each is one index range in its order, read from a cursor; sql/migrations/0004 tells why each filter has its own source.
--- {file} stands for the columns of server.ledger.models.File, {key} for the column to sort by, {direction} for asc or desc, {more} for
--- the cursor's and the residual conditions. $1 is the user, $2 the limit; the conditions use what follows.
+-- Lists. Each reads one index range in its order, from a position on; sql/migrations/0004 tells why each filter has its own source.
+--
+-- {file} stands for the columns of server.ledger.models.File, {key} for the column to sort by, {direction} for asc or desc, {bounds}
+-- for conditions on the range, {others} for the filters that are not the source's. $1 is the user, $2 how many matching rows to return,
+-- $3 how many rows to read for them at most: the last of those is returned even if it does not match, to go on from. PostgreSQL stops
+-- reading as soon as `found` or `place` is past its bound (a run condition of the window). Values of filters and conditions follow.
 
 -- name: list_all
 -- All files of a user.
-select {file}, f.{key} as sort_key
-  from user_files f
- where f.user_id = $1 {more}
- order by f.{key} {direction}, f.id {direction}
- limit $2;
+select {file}, f.sort_key, f.matches, f.place
+  from (select f.*, f.{key} as sort_key, m.matches,
+               count(*) filter (where m.matches) over reading as found, row_number() over reading as place
+          from user_files f cross join lateral (select true {others} as matches) m
+         where f.user_id = $1 {bounds}
+        window reading as (order by f.{key} {direction}, f.id {direction} rows unbounded preceding)) f
+ where f.found <= $2 and f.place <= $3 and (f.matches or f.place = $3)
+ order by f.sort_key {direction}, f.id {direction};
 
 -- name: list_by_type
--- Files of a type ($3), of a MIME type ($4), or of both: one range for each pair that the user has, merged.
-select {file}, f.{key} as sort_key
-  from user_storage_by_type t
- cross join lateral (
-           select * from user_files f
-            where f.file_type || ':' || f.mime_type || ':' || f.user_id = t.file_type || ':' || t.mime_type || ':' || t.user_id {more}
-            order by f.{key} {direction}, f.id {direction}
-            limit $2
-       ) f
- where t.user_id = $1 and ($3::text is null or t.file_type = $3) and ($4::text is null or t.mime_type = $4) and t.file_count > 0
- order by f.{key} {direction}, f.id {direction}
- limit $2;
+-- Files of a type ($5), of a MIME type ($6), or of both: one range for each pair that the user has, merged. $4 is how many rows of each
+-- range to read, for the merge reads them all.
+select {file}, f.sort_key, f.matches, f.place
+  from (select f.*, f.{key} as sort_key, m.matches,
+               count(*) filter (where m.matches) over reading as found, row_number() over reading as place
+          from user_storage_by_type t
+         cross join lateral (
+                   select * from user_files f
+                    where f.file_type || ':' || f.mime_type || ':' || f.user_id = t.file_type || ':' || t.mime_type || ':' || t.user_id
+                          {bounds}
+                    order by f.{key} {direction}, f.id {direction}
+                    limit $4
+               ) f
+         cross join lateral (select true {others} as matches) m
+         where t.user_id = $1 and ($5::text is null or t.file_type = $5) and ($6::text is null or t.mime_type = $6) and t.file_count > 0
+        window reading as (order by f.{key} {direction}, f.id {direction} rows unbounded preceding)) f
+ where f.found <= $2 and f.place <= $3 and (f.matches or f.place = $3)
+ order by f.sort_key {direction}, f.id {direction};
 
 -- name: list_favorites
 -- Favourite files.
-select {file}, f.{key} as sort_key
-  from user_files f
- where case when f.is_favorite then f.user_id end = $1 and f.is_favorite {more}
- order by f.{key} {direction}, f.id {direction}
- limit $2;
+select {file}, f.sort_key, f.matches, f.place
+  from (select f.*, f.{key} as sort_key, m.matches,
+               count(*) filter (where m.matches) over reading as found, row_number() over reading as place
+          from user_files f cross join lateral (select true {others} as matches) m
+         where case when f.is_favorite then f.user_id end = $1 and f.is_favorite {bounds}
+        window reading as (order by f.{key} {direction}, f.id {direction} rows unbounded preceding)) f
+ where f.found <= $2 and f.place <= $3 and (f.matches or f.place = $3)
+ order by f.sort_key {direction}, f.id {direction};
 
 -- name: list_package
--- Files of a package ($3).
-select {file}, f.{key} as sort_key
-  from user_files f
- where f.user_id || E'\x1f' || f.package_name = $1 || E'\x1f' || $3 and f.package_name is not null {more}
- order by f.{key} {direction}, f.id {direction}
- limit $2;
+-- Files of a package ($4).
+select {file}, f.sort_key, f.matches, f.place
+  from (select f.*, f.{key} as sort_key, m.matches,
+               count(*) filter (where m.matches) over reading as found, row_number() over reading as place
+          from user_files f cross join lateral (select true {others} as matches) m
+         where f.user_id || E'\x1f' || f.package_name = $1 || E'\x1f' || $4 and f.package_name is not null {bounds}
+        window reading as (order by f.{key} {direction}, f.id {direction} rows unbounded preceding)) f
+ where f.found <= $2 and f.place <= $3 and (f.matches or f.place = $3)
+ order by f.sort_key {direction}, f.id {direction};
 
 -- name: list_tag
--- Files with a tag ($3).
-select {file}, s.{key} as sort_key
-  from user_file_tags s join user_files f on f.id = s.file_id
- where s.user_id = $1 and s.tag = $3 {more}
- order by s.{key} {direction}, s.file_id {direction}
- limit $2;
+-- Files with a tag ($4).
+select {file}, f.sort_key, f.matches, f.place
+  from (select f.*, s.{key} as sort_key, m.matches,
+               count(*) filter (where m.matches) over reading as found, row_number() over reading as place
+          from user_file_tags s join user_files f on f.id = s.file_id cross join lateral (select true {others} as matches) m
+         where s.user_id = $1 and s.tag = $4 {bounds}
+        window reading as (order by s.{key} {direction}, s.file_id {direction} rows unbounded preceding)) f
+ where f.found <= $2 and f.place <= $3 and (f.matches or f.place = $3)
+ order by f.sort_key {direction}, f.id {direction};
 
 -- name: list_name
--- Files with words in their names that begin as $3 does. A file that matches at several words is listed at the first of them in the order.
-select {file}, s.{key} as sort_key
-  from user_file_words s join user_files f on f.id = s.file_id
- where s.user_id = $1
-   and s.suffix_key >= search_key_v1(name_words_v1($3))
-   and s.suffix_key < search_key_v1(name_words_v1($3)) || chr(1114111)
-   and s.suffix_key = (
-           select min(suffix collate "C") from name_suffixes_v1(f.file_name) suffix
-            where suffix collate "C" >= search_key_v1(name_words_v1($3))) {more}
- order by s.{key} {direction}, s.file_id {direction}
- limit $2;
+-- Files with words in their names that begin as $4 does. A file that matches at several words matches at the {first} of them alone.
+-- Each sub-select of $4 is evaluated once; without it the words would be taken apart again for every row.
+select {file}, f.sort_key, f.matches, f.place
+  from (select f.*, s.{key} as sort_key, m.matches,
+               count(*) filter (where m.matches) over reading as found, row_number() over reading as place
+          from user_file_words s join user_files f on f.id = s.file_id
+         cross join lateral (
+                   select s.suffix_key = (
+                              select {first}(suffix collate "C") from name_suffixes_v1(f.file_name) suffix
+                               where suffix collate "C" >= (select search_key_v1($4))
+                                 and suffix collate "C" < (select search_key_v1($4) || chr(1114111))) {others} as matches
+               ) m
+         where s.user_id = $1
+           and s.suffix_key >= (select search_key_v1($4))
+           and s.suffix_key < (select search_key_v1($4) || chr(1114111)) {bounds}
+        window reading as (order by s.{key} {direction}, s.file_id {direction} rows unbounded preceding)) f
+ where f.found <= $2 and f.place <= $3 and (f.matches or f.place = $3)
+ order by f.sort_key {direction}, f.id {direction};

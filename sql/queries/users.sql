@@ -39,13 +39,23 @@ select d.file_id, d.tombstone_id, d.volume_id, d.file_path
             where f.user_id = $1 and u.erasing_at is not null order by f.upload_date, f.id limit $2)) d;
 
 -- name: erase_events
--- Deletes some of a user's events and tells how many.
-with gone as (delete from events where id in (select id from events where user_id = $1 order by id limit $2) returning 1)
+-- Deletes some of the events of a user who is being erased, and tells how many.
+with gone as (
+    delete from events where id in (
+        select e.id from events e join user_storage u using (user_id)
+         where e.user_id = $1 and u.erasing_at is not null order by e.id limit $2)
+    returning 1
+)
 select count(*) from gone;
 
 -- name: erase_usage
--- Deletes some of a user's history of usage and tells how many.
-with gone as (delete from usage_ledger where id in (select id from usage_ledger where user_id = $1 order by id limit $2) returning 1)
+-- Deletes some of the history of usage of a user who is being erased, and tells how many.
+with gone as (
+    delete from usage_ledger where id in (
+        select l.id from usage_ledger l join user_storage u using (user_id)
+         where l.user_id = $1 and u.erasing_at is not null order by l.id limit $2)
+    returning 1
+)
 select count(*) from gone;
 
 -- name: lock_user

@@ -95,7 +95,8 @@ union all
 select 'by type', coalesce(t.user_id, k.user_id) from typed t full join user_storage_by_type k using (user_id, file_type, mime_type)
  where (coalesce(t.files, 0), coalesce(t.bytes, 0)) is distinct from (coalesce(k.file_count, 0), coalesce(k.total_bytes, 0))
 union all
-select 'last total of the history', u.user_id from user_storage u left join history h using (user_id) where u.total_bytes <> coalesce(h.total_bytes, 0)
+select 'last total of the history', u.user_id from user_storage u left join history h using (user_id)
+ where u.total_bytes <> coalesce(h.total_bytes, 0)
 union all
 select 'sum of the history', u.user_id from user_storage u left join moved m using (user_id) where u.total_bytes <> coalesce(m.bytes, 0)
 union all
