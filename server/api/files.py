@@ -120,7 +120,7 @@ async def list_files(
     file_type: Annotated[Kind | None, Parameter(query="type", description="Only files of this kind.")] = None,
     mime: Annotated[str | None, Parameter(description="Only this MIME type.")] = None,
     tag: Annotated[str | None, Parameter(description="Only files with this tag.")] = None,
-    favorite: Annotated[bool | None, Parameter(description="With true, only favourites.")] = None,
+    favorite: Annotated[bool | None, Parameter(description="Only favourites, or with false only the others.")] = None,
     package_name: Annotated[str | None, Parameter(description="Only files of this package.")] = None,
     name: Annotated[str | None, Parameter(description="Only names with a word that starts so, in any case. Comes with sort=name.")] = None,
     created_from: Annotated[

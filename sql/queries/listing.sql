@@ -71,7 +71,8 @@ select {file}, f.sort_key, f.matches, f.place
 
 -- name: list_name
 -- Files with words in their names that begin as $4 does. A file that matches at several words matches at the {first} of them alone.
--- Each sub-select of $4 is evaluated once; without it the words would be taken apart again for every row.
+-- Each sub-select of $4 is evaluated once; without it the words would be taken apart again for every row. `offset 0` keeps the sub-selects
+-- out of the window's function, where PostgreSQL 15 fails on them.
 select {file}, f.sort_key, f.matches, f.place
   from (select f.*, s.{key} as sort_key, m.matches,
                count(*) filter (where m.matches) over reading as found, row_number() over reading as place
@@ -81,6 +82,7 @@ select {file}, f.sort_key, f.matches, f.place
                               select {first}(suffix collate "C") from name_suffixes_v1(f.file_name) suffix
                                where suffix collate "C" >= (select search_key_v1($4))
                                  and suffix collate "C" < (select search_key_v1($4) || chr(1114111))) {others} as matches
+                   offset 0
                ) m
          where s.user_id = $1
            and s.suffix_key >= (select search_key_v1($4))
