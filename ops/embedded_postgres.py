@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 NAME = "coffer"
 DAEMON_UID = 1
@@ -56,6 +57,8 @@ class EmbeddedPostgres:
         self._lock: int | None = None
         self._child: subprocess.Popen[bytes] | None = None
         self._private_socket_directory: Path | None = None
+        # Once started: the same database through its socket, cheaper than loopback, for those who can reach the data directory.
+        self.socket_url = ""
 
     @property
     def pid(self) -> int | None:
@@ -93,6 +96,8 @@ class EmbeddedPostgres:
         except BaseException:
             self.stop()
             raise
+        place = quote(str(self._socket_directory(uid, gid)), safe="")
+        self.socket_url = f"postgresql://{NAME}:{password}@/{NAME}?host={place}&port={self._port}"
         return f"postgresql://{NAME}:{password}@127.0.0.1:{self._port}/{NAME}"
 
     def stop(self) -> None:

@@ -118,7 +118,11 @@ def start(data: Path, port: int) -> NoReturn:
         signals.look()
         volume, key = asyncio.run(_prepare(database_url, data))
         signals.look()
-        children = _children(stack, data, {"COFFER_DATABASE_URL": database_url, "COFFER_HOST": host, "COFFER_PORT": str(port)})
+        children = _children(
+            stack,
+            data,
+            {"COFFER_DATABASE_URL": postgres.socket_url if postgres else database_url, "COFFER_HOST": host, "COFFER_PORT": str(port)},
+        )
         reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared with, not bound to
         _wait_until_ready(signals, reachable, port, children)
         url = f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"

@@ -92,7 +92,7 @@ class Upload:
         self._recent_bytes = 0
         self._buffering = True
         self._file: IncomingFile | None = None
-        self._working: asyncio.Task[Any] | None = None  # the one thread that may be using the file
+        self._working: asyncio.Future[Any] | None = None  # the one thread that may be using the file
         self._landed_path: str | None = None
         self._over = False
 
@@ -197,7 +197,7 @@ class Upload:
 
     async def _in_thread(self, work: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
         """Shielded: when this request is cancelled, the thread still has the file, and `abort` waits for it."""
-        self._working = asyncio.create_task(self._intake.vault.run(work, *arguments))
+        self._working = self._intake.vault.start(work, *arguments)
         return await asyncio.shield(self._working)
 
     def _keep_promise(self, size_bytes: int) -> None:

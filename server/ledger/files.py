@@ -13,7 +13,7 @@ from server.ledger.statements import statement
 
 FILE_COLUMNS = ", ".join(File.__struct_fields__)
 
-_PUBLISH = statement("publish_file", file=FILE_COLUMNS)
+_PUBLISH = statement("publish_file")
 _REPLACE = statement("replace_content", file=FILE_COLUMNS)
 _GET = statement("get_file", file=FILE_COLUMNS)
 _BY_KEY = statement("find_file_by_idempotency_key", file=FILE_COLUMNS)
@@ -57,7 +57,31 @@ async def publish_file(db: Database, new: NewFile) -> File:
         new.user_since,
         patience=COMMIT_PATIENCE_SECONDS,
     )
-    return _one(rows)
+    if not rows:
+        raise NotFound
+    return File(
+        id=new.id,
+        user_id=new.user_id,
+        file_name=new.file_name,
+        file_type=new.file_type,
+        mime_type=new.mime_type,
+        file_size=new.file_size,
+        sha256=new.sha256,
+        volume_id=new.volume_id,
+        file_path=new.file_path,
+        generation=new.generation,
+        thumbnail_path=None,
+        resolution=None,
+        width=None,
+        height=None,
+        duration=None,
+        duration_seconds=None,
+        package_name=new.package_name,
+        tags=new.tags,
+        is_favorite=False,
+        metadata=new.metadata,
+        **rows[0],
+    )
 
 
 async def replace_content(db: Database, *, user_id: str, file_id: UUID, expected_generation: int, new: ReplacedContent) -> File:

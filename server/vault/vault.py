@@ -56,7 +56,11 @@ class Vault:
 
     async def run(self, work: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
         """Runs blocking file work in one of the vault's threads. Cancelling the wait does not stop the work."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
+        return await self.start(work, *arguments)
+
+    def start(self, work: Callable[[*Arguments], Result], *arguments: *Arguments) -> asyncio.Future[Result]:
+        """As `run`, for those who need to know later whether the work is over."""
+        return asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
 
     def close(self) -> None:
         """Waits for work under way and ends the threads."""

@@ -3,7 +3,7 @@
 -- name: publish_file
 -- Ends the reservation if there is one, then inserts the file and its event. The insert reads the count of released rows, so the
 -- reservation's bytes are back before the file is charged: its trigger is queued first. Inserts nothing when the user is not the one
--- who was there when the upload began: an erasure in between has removed the bytes.
+-- who was there when the upload began: an erasure in between has removed the bytes. Returns only what the caller does not know.
 with released as (
     delete from uploads where id = $1 and user_id = $2 returning id
 ), published as (
@@ -19,7 +19,7 @@ with released as (
            jsonb_build_object('file_name', file_name, 'file_type', file_type, 'mime_type', mime_type, 'file_size', file_size)
       from published
 )
-select {file} from published;
+select upload_date, content_changed_at, created_at, updated_at from published;
 
 -- name: replace_content
 -- Ends the reservation, then points the row at other bytes if it still has the generation that the caller saw. The trigger leaves a

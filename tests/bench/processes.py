@@ -81,7 +81,10 @@ def cpu_seconds(pid: int) -> float:
     """User and system time that a process and its descendants have spent, those included that have ended and were waited for."""
     ticks = 0
     for member in family(pid):
-        fields = Path(f"/proc/{member}/stat").read_text().rpartition(")")[2].split()
+        try:
+            fields = Path(f"/proc/{member}/stat").read_text().rpartition(")")[2].split()
+        except FileNotFoundError:
+            continue  # it ended while we looked
         ticks += sum(int(field) for field in fields[11:15])
     return ticks / _TICKS_PER_SECOND
 
