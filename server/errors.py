@@ -112,6 +112,8 @@ class QuotaExceeded(CofferError):
 
 @dataclass(slots=True, eq=False)
 class FileTooLarge(CofferError):
+    """More bytes than a single file may have. Raised before the body is read where its length is declared."""
+
     code = "file_too_large"
     title = "The file is larger than a single file may be."
     limit_bytes: int
@@ -184,6 +186,8 @@ class IdempotencyInProgress(CofferError):
 
 @dataclass(slots=True, eq=False)
 class IdempotencyKeyReused(CofferError):
+    """The key has stored a file of another length."""
+
     code = "idempotency_key_reused"
     title = "This Idempotency-Key was used for a different upload."
 
@@ -198,6 +202,8 @@ class Conflict(CofferError):
 
 @dataclass(slots=True, eq=False)
 class UserErasing(CofferError):
+    """The user's bytes and rows are being erased; nothing new is admitted until that is over."""
+
     code = "user_erasing"
     title = "This user is being deleted."
 
@@ -207,6 +213,8 @@ class UserErasing(CofferError):
 
 @dataclass(slots=True, eq=False)
 class VolumeFull(CofferError):
+    """Storing this would use what the volume keeps in reserve, or the disk is full. Nothing was stored."""
+
     code = "volume_full"
     title = "The storage volume has no room left."
 
@@ -229,6 +237,8 @@ class VolumeReadOnly(CofferError):
 
 @dataclass(slots=True, eq=False)
 class DatabaseUnavailable(CofferError):
+    """PostgreSQL cannot be reached or refused to work. Nothing happened; asking again is safe."""
+
     code = "database_unavailable"
     title = "The database is not available."
 

@@ -19,7 +19,10 @@ class SettingError(ValueError):
 
 
 def _whole(text: str) -> int:
-    return int(text.replace("_", ""))
+    try:
+        return int(text.replace("_", ""))
+    except ValueError:
+        raise ValueError("say a whole number") from None
 
 
 def _optional_whole(text: str) -> int | None:
@@ -39,9 +42,17 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(word for word in text.replace(",", " ").split())
 
 
-def setting(default: Any, meaning: str, *, read: Callable[[str], Any] = str, at_least: int | None = None, secret: bool = False) -> Any:
-    """Declares one setting: its default (once), what it means with its unit, how its text is read, its lower bound."""
-    return field(default=default, metadata={"meaning": meaning, "read": read, "at_least": at_least, "secret": secret})
+def setting(
+    default: Any,
+    meaning: str,
+    *,
+    read: Callable[[str], Any] = str,
+    at_least: int | None = None,
+    at_most: int | None = None,
+    secret: bool = False,
+) -> Any:
+    """Declares one setting: its default (once), what it means with its unit, how its text is read, its bounds."""
+    return field(default=default, metadata={"meaning": meaning, "read": read, "at_least": at_least, "at_most": at_most, "secret": secret})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +63,7 @@ class Settings:
     database_connections: int = setting(10, "Connections that each server process keeps at most.", read=_whole, at_least=2)
 
     host: str = setting("127.0.0.1", "Address to listen on. Put nginx in front before you change it.")
-    port: int = setting(3001, "TCP port to listen on; 0 picks a free one.", read=_whole, at_least=0)
+    port: int = setting(3001, "TCP port to listen on; 0 picks a free one.", read=_whole, at_least=0, at_most=65_535)
     processes: int = setting(1, "Server processes. One serves one core; the state is all in PostgreSQL.", read=_whole, at_least=1)
     log_level: str = setting("info", "Least severe level that is logged: debug, info, warning, error.")
 
@@ -133,6 +144,9 @@ def read_with_sources(environment: Mapping[str, str]) -> dict[str, tuple[Any, st
         at_least = each.metadata["at_least"]
         if at_least is not None and value is not None and value < at_least:
             raise SettingError(f"{source}: must be at least {at_least}")
+        at_most = each.metadata["at_most"]
+        if at_most is not None and value > at_most:
+            raise SettingError(f"{source}: must be at most {at_most}")
         found[each.name] = (value, source)
     return found
 

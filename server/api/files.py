@@ -1,5 +1,6 @@
 """The JSON routes of files. Their bytes travel through `upload.py` and `download.py`."""
 
+import re
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 from uuid import UUID
@@ -12,11 +13,15 @@ from msgspec import UNSET, Meta, UnsetType
 from server import fields, ledger
 from server.api.door import needs, principal_of, services_of
 from server.auth import Scope
-from server.errors import InvalidRequest, NotFound
+from server.delivery.conditions import evaluate_if_match
+from server.errors import InvalidRequest, NotFound, PreconditionFailed
 from server.ledger import File, FileQuery
 
 DEFAULT_PAGE = 50
 MOST_DELETED_AT_ONCE = 1_000
+
+_UUID_CHARACTERS = 36
+_SEARCHABLE = re.compile(r"[^\x00-\x2f\x3a-\x40\x5b-\x60\x7b-\x7f\u3000]")  # what name_suffixes_v1 takes for part of a word
 
 Sort = Literal["created", "-created", "name", "-name", "size", "-size"]
 Kind = Literal["video", "image", "scene", "project", "audio"]
@@ -72,11 +77,13 @@ class TagsChange(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class FileIds(msgspec.Struct, forbid_unknown_fields=True):
-    ids: Annotated[list[UUID], Meta(min_length=1, max_length=MOST_DELETED_AT_ONCE)]
+    """Ids as text: one that is malformed names no file, and costs the others nothing."""
+
+    ids: Annotated[list[Annotated[str, Meta(max_length=64)]], Meta(min_length=1, max_length=MOST_DELETED_AT_ONCE)]
 
 
 class DeleteResult(msgspec.Struct):
-    id: UUID
+    id: str
     status: Literal["deleted", "not_found"]
 
 
@@ -138,6 +145,8 @@ async def list_files(
     most = services.settings.max_list_page
     if limit is not None and limit > most:
         raise InvalidRequest("limit", f"may be at most {most}")
+    if name is not None and not _SEARCHABLE.search(name):
+        raise InvalidRequest("name", "must hold a letter or a digit to look for")
     wanted = sort or ("-created" if name is None else "name")
     page = await ledger.list_files(
         services.db,
@@ -169,6 +178,7 @@ async def show_file(request: Http, file_id: UUID) -> FileAnswer:
 @patch("/{file_id:uuid}", guards=[needs(Scope.FILES_WRITE)])
 async def change_file(request: Http, file_id: UUID, data: FileChanges) -> FileAnswer:
     """Renames a file, or changes its package name or metadata."""
+    await _check_if_match(request, file_id)
     file = await ledger.update_file(
         services_of(request).db,
         principal_of(request).owner,
@@ -183,6 +193,7 @@ async def change_file(request: Http, file_id: UUID, data: FileChanges) -> FileAn
 @delete("/{file_id:uuid}", guards=[needs(Scope.FILES_WRITE)])
 async def delete_file(request: Http, file_id: UUID) -> None:
     """Deletes a file. Its quota is free when this is answered."""
+    await _check_if_match(request, file_id)
     if not await services_of(request).intake.delete(principal_of(request).owner, [file_id]):
         raise NotFound
 
@@ -190,8 +201,9 @@ async def delete_file(request: Http, file_id: UUID) -> None:
 @post("/delete", guards=[needs(Scope.FILES_WRITE)], status_code=200)
 async def delete_files(request: Http, data: FileIds) -> DeleteResults:
     """Deletes up to 1,000 files, with an answer for each."""
-    deleted = await services_of(request).intake.delete(principal_of(request).owner, list(dict.fromkeys(data.ids)))
-    return DeleteResults([DeleteResult(each, "deleted" if each in deleted else "not_found") for each in data.ids])
+    ids = {text: file_id for text in data.ids if (file_id := _id_of(text)) is not None}
+    deleted = await services_of(request).intake.delete(principal_of(request).owner, list(dict.fromkeys(ids.values())))
+    return DeleteResults([DeleteResult(each, "deleted" if ids.get(each) in deleted else "not_found") for each in data.ids])
 
 
 @post("/{file_id:uuid}/favorite", guards=[needs(Scope.FILES_WRITE)], status_code=200)
@@ -216,6 +228,22 @@ async def copy_file(request: Http, file_id: UUID) -> Response[FileAnswer]:
 
 
 _SORTS: dict[str, Literal["created", "name", "size"]] = {"created": "created", "name": "name", "size": "size"}
+
+
+def _id_of(text: str) -> UUID | None:
+    try:
+        return UUID(text) if len(text) == _UUID_CHARACTERS else None
+    except ValueError:
+        return None
+
+
+async def _check_if_match(request: Http, file_id: UUID) -> None:
+    """`If-Match` guards the bytes that the client has seen (RFC 9110, section 13.1.1): the ETag does not change with the other fields."""
+    wanted = request.headers.get("if-match")
+    if wanted is not None:
+        file = await ledger.get_file(services_of(request).db, principal_of(request).owner, file_id)
+        if not evaluate_if_match(wanted, file.sha256):
+            raise PreconditionFailed
 
 
 def _moment(text: str | None, field: str) -> datetime | None:

@@ -127,4 +127,4 @@ def _body(status: int, code: str, title: str, detail: str, request_id: str, **ex
         "code": code,
         "request_id": request_id,
     }
-    return msgspec.json.encode({**extra, **standard})
+    return msgspec.json.encode(standard | extra)

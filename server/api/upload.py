@@ -33,6 +33,7 @@ ASGIScope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
+_REPLAYED = (b"idempotency-replayed", b"true")
 _IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,200}")
 _DICTIONARY_MEMBER = re.compile(r"\s*([a-z*][a-z0-9_.*-]*)\s*=\s*:([A-Za-z0-9+/=]*):\s*")
 _DIGEST_BYTES = {"sha-256": 32, "sha-512": 64, "md5": 16}
@@ -75,8 +76,7 @@ async def replace(services: Services, file_id: UUID, scope: ASGIScope, receive: 
 
 
 async def _upload_raw(services: Services, user_id: str, key: str | None, scope: ASGIScope, receive: Receive, send: Send) -> None:
-    query = parse_qs(scope["query_string"].decode("ascii", "replace"), keep_blank_values=True, max_num_fields=100)
-    texts = {name: values[-1] for name, values in query.items()} | ({"tags": ",".join(query["tags"])} if "tags" in query else {})
+    texts = _query(scope)
     details = _details(texts, texts.get("name"))
     begun = await _begin(services, user_id, key, declared_bytes=_content_length(scope), likely_bytes=0, expected=_digests(scope))
     if isinstance(begun, File):
@@ -94,7 +94,7 @@ async def _upload_raw(services: Services, user_id: str, key: str | None, scope: 
 async def _upload_form(
     services: Services, user_id: str, content_type: str, key: str | None, scope: ASGIScope, receive: Receive, send: Send
 ) -> None:
-    form = _Form(services, user_id, key, _content_length(scope))
+    form = _Form(services, user_id, key, _content_length(scope), _query(scope))
     reader = FormReader(content_type)
     expected = _digests(scope)
     hashes = {name: hashlib.new(name.replace("-", ""), usedforsecurity=False) for name in expected}  # of the form, as RFC 9530 has it
@@ -120,27 +120,29 @@ async def _upload_form(
         return
     failed = any(isinstance(result, CofferError) for result in results)
     answer = {"results": [_result(scope, result) for result in results]}
-    await _send_json(send, 207 if failed else 201, answer, [])
+    await _send_json(send, 207 if failed else 201, answer, [_REPLAYED] if form.replayed else [])
 
 
 class _Form:
     """The files of one form. They are published when the form has ended, for any field may follow any file."""
 
-    def __init__(self, services: Services, user_id: str, key: str | None, content_length: int | None) -> None:
+    def __init__(self, services: Services, user_id: str, key: str | None, content_length: int | None, fields: dict[str, str]) -> None:
         self.consumed_bytes = 0
         self.replayed = False
         self._services = services
         self._user_id = user_id
         self._key = key
         self._content_length = content_length
-        self._fields: dict[str, str] = {}
+        self._fields = fields  # the query's, which the form's own replace
+        self._from_query = set(fields)
         self._names: list[str] = []
         self._files: list[Upload | File | CofferError] = []
 
     async def take(self, event: Event) -> None:
         match event:
             case Field(name, value):
-                joined = name in self._fields and name == "tags"
+                joined = name in self._fields and name == "tags" and name not in self._from_query
+                self._from_query.discard(name)
                 self._fields[name] = f"{self._fields[name]},{value}" if joined else value
             case FileStart():
                 await self._start(event)
@@ -212,6 +214,14 @@ async def _begin(
     if key is None:
         return await intake.begin(user_id, declared_bytes=declared_bytes, likely_bytes=likely_bytes, expected=expected)
     return await intake.begin_once(user_id, key, declared_bytes=declared_bytes, likely_bytes=likely_bytes, expected=expected)
+
+
+def _query(scope: ASGIScope) -> dict[str, str]:
+    try:
+        query = parse_qs(scope["query_string"].decode("ascii"), keep_blank_values=True, max_num_fields=100, errors="strict")
+    except ValueError as problem:
+        raise InvalidRequest("query", "must be at most 100 percent-encoded UTF-8 parameters") from problem
+    return {name: ",".join(values) if name == "tags" else values[-1] for name, values in query.items()}
 
 
 def _details(texts: dict[str, str], name: str | None) -> Details:
@@ -298,7 +308,7 @@ async def _answer(send: Send, status: int, file: File, *, replayed: bool = False
     if status == 201:
         headers.append((b"location", f"/api/files/{file.id}".encode()))
     if replayed:
-        headers.append((b"idempotency-replayed", b"true"))
+        headers.append(_REPLAYED)
     await _send_json(send, status, file_json(file), headers)
 
 

@@ -104,12 +104,12 @@ def test_deleting_one_and_many(api: RunningServer) -> None:
         deleted = client.delete(f"/api/files/{ids[0]}")
         assert (deleted.status_code, deleted.content) == (204, b"")
         assert client.delete(f"/api/files/{ids[0]}").status_code == 404
-        results = client.post("/api/files/delete", json={"ids": [ids[1], MISSING, ids[2], ids[1], ids[0]]}).json()["results"]
-        assert [each["id"] for each in results] == [ids[1], MISSING, ids[2], ids[1], ids[0]]
+        results = client.post("/api/files/delete", json={"ids": [ids[1], MISSING, ids[2], ids[1], ids[0], "x"]}).json()["results"]
+        assert [each["id"] for each in results] == [ids[1], MISSING, ids[2], ids[1], ids[0], "x"]
         assert [each["status"] for each in results] == ["deleted", "not_found", "deleted", "deleted", "not_found"]
         assert [file["id"] for file in client.get("/api/files").json()["files"]] == ids[3:]
         assert client.get("/api/storage/usage").json()["used_bytes"] == 1_000
-        bodies: list[dict[str, object]] = [{"ids": []}, {"ids": ["x"]}, {"ids": [MISSING] * 1_001}, {}, {"ids": None}]
+        bodies: list[dict[str, object]] = [{"ids": []}, {"ids": [MISSING] * 1_001}, {}, {"ids": None}]
         for bad in bodies:
             assert client.post("/api/files/delete", json=bad).status_code == 400
         assert len(client.post("/api/files/delete", json={"ids": [MISSING] * 1_000}).json()["results"]) == 1_000
@@ -242,3 +242,21 @@ def test_a_cursor_of_another_order_or_forged_is_refused(api: RunningServer, libr
             text = base64.urlsafe_b64encode(json.dumps(content).encode()).decode().rstrip("=")
             answer = client.get("/api/files", params={"cursor": text, "sort": str(content[0]).split("-")[0]})
             assert answer.status_code == 400, (content, answer.text)
+
+
+@pytest.mark.parametrize("method", ["DELETE", "PATCH"])
+def test_if_match_guards_every_change(api: RunningServer, method: str) -> None:
+    with api.client(f"guarded-{method}") as client:
+        file = stored(client, image())
+        url, body = f"/api/files/{file['id']}", {"json": {"file_name": "new.png"}} if method == "PATCH" else {}
+        stale = client.request(method, url, headers={"If-Match": '"another"'}, **body)  # type: ignore[arg-type]
+        assert (stale.status_code, stale.json()["code"]) == (412, "precondition_failed")
+        assert client.get(url).json()["file_name"] == file["file_name"]
+        assert client.request(method, url, headers={"If-Match": file["etag"]}, **body).is_success  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["%", "_", "...", " "])
+def test_a_search_for_no_word_is_refused(api: RunningServer, name: str) -> None:
+    with api.client("ada") as client:
+        answer = client.get("/api/files", params={"name": name})
+        assert (answer.status_code, answer.json()["code"]) == (400, "invalid_request")

@@ -114,3 +114,10 @@ def test_a_form_that_ends_early_stores_nothing(server: RunningServer) -> None:
         usage = client.get("/api/storage/usage").json()
         assert (usage["used_bytes"], usage["reserved_bytes"]) == (0, 0)
     assert server.stored_files() == set() and server.incoming() == []
+
+
+def test_the_querys_fields_count_unless_the_form_says_otherwise(server: RunningServer) -> None:
+    with server.client("ada") as client:
+        fields: list[tuple[str, Any]] = [("file", ("a.png", image())), ("tags", (None, "own"))]
+        file = client.post("/api/files/upload?name=query.png&tags=one,two", files=fields).json()
+        assert (file["file_name"], file["tags"]) == ("query.png", ["own"])

@@ -116,3 +116,10 @@ def test_a_file_over_the_limit_is_refused_before_its_body(server: RunningServer)
         assert (undeclared.status_code, undeclared.json()["code"]) == (413, "file_too_large")
         assert client.get("/api/storage/usage").json()["reserved_bytes"] == 0
     assert server.stored_files() == set() and server.incoming() == []
+
+
+@pytest.mark.parametrize("query", ["name=%FF", "&".join(f"a{number}=1" for number in range(101))])
+def test_a_query_that_cannot_be_read_is_refused(server: RunningServer, query: str) -> None:
+    with server.client("ada") as client:
+        answer = client.post(f"/api/files/upload?{query}", content=image())
+        assert (answer.status_code, answer.json()["code"]) == (400, "invalid_request")
