@@ -106,7 +106,7 @@ def test_deleting_one_and_many(api: RunningServer) -> None:
         assert client.delete(f"/api/files/{ids[0]}").status_code == 404
         results = client.post("/api/files/delete", json={"ids": [ids[1], MISSING, ids[2], ids[1], ids[0], "x"]}).json()["results"]
         assert [each["id"] for each in results] == [ids[1], MISSING, ids[2], ids[1], ids[0], "x"]
-        assert [each["status"] for each in results] == ["deleted", "not_found", "deleted", "deleted", "not_found"]
+        assert [each["status"] for each in results] == ["deleted", "not_found", "deleted", "deleted", "not_found", "not_found"]
         assert [file["id"] for file in client.get("/api/files").json()["files"]] == ids[3:]
         assert client.get("/api/storage/usage").json()["used_bytes"] == 1_000
         bodies: list[dict[str, object]] = [{"ids": []}, {"ids": [MISSING] * 1_001}, {}, {"ids": None}]
