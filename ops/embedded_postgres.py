@@ -247,6 +247,7 @@ def _unprivileged(data_directory: Path, cluster: Path, binaries: Path) -> tuple[
 
     PostgreSQL refuses to be root. As root we take the first user who can reach both the data and the binaries; below a
     directory that is root's alone there is none, and a user namespace gives root's files to a process that is not root.
+    Where the kernel allows no user namespace (below a chroot), a user who may only search and read past that directory serves.
     """
     if os.geteuid() != 0:
         return os.geteuid(), os.getegid(), []
@@ -263,6 +264,13 @@ def _unprivileged(data_directory: Path, cluster: Path, binaries: Path) -> tuple[
     tried = subprocess.run([*become, *reachable], check=False, stderr=subprocess.PIPE, text=True)
     if tried.returncode == 0:
         return 0, 0, become
+    account = pwd.getpwuid(DAEMON_UID)
+    capability = "+dac_read_search"
+    searching = ["setpriv", f"--reuid={DAEMON_UID}", f"--regid={account.pw_gid}", "--clear-groups"]
+    searching += [f"--inh-caps={capability}", f"--ambient-caps={capability}"]
+    probe = ["sh", "-c", 'cd "$1" && "$2" --version', "probe", str(data_directory), str(binaries / "initdb")]
+    if subprocess.run([*searching, *probe], check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0:
+        return DAEMON_UID, account.pw_gid, searching
     raise EmbeddedPostgresError(
         f"PostgreSQL must not run as root, and no other user reaches {data_directory} and {binaries}. "
         f"Run this as an ordinary user, or set DATABASE_URL. {tried.stderr}"

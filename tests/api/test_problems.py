@@ -15,10 +15,11 @@ SAMPLES = {int: 7, str: "sample", str | None: None, list[str]: ["a", "b"]}
 STANDARD = {"type", "title", "status", "detail", "code", "request_id"}
 
 
-def every_error(base: type[CofferError] = CofferError) -> Iterator[type[CofferError]]:
-    for each in base.__subclasses__():
-        yield each
-        yield from every_error(each)
+def every_error() -> Iterator[type[CofferError]]:
+    """By name: `__subclasses__` may still list the classes that `dataclass(slots=True)` has replaced."""
+    for each in vars(errors).values():
+        if isinstance(each, type) and issubclass(each, CofferError) and each is not CofferError:
+            yield each
 
 
 def sample(error: type[CofferError]) -> CofferError:
