@@ -212,7 +212,7 @@ class EmbeddedPostgres:
             with contextlib.suppress(OSError):
                 # The first line is the process id, the eighth the state (PostgreSQL's miscadmin.h).
                 lines = (self._cluster / "postmaster.pid").read_text().splitlines()
-                if lines[0] == str(self._child.pid) and lines[7:8] and lines[7].strip() == "ready":
+                if lines[:1] == [str(self._child.pid)] and lines[7:8] and lines[7].strip() == "ready":
                     return True
             time.sleep(0.02)
         return False
