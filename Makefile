@@ -13,6 +13,8 @@ PORT ?= 3001
 DATA ?= .coffer
 # What `make test` hands to pytest: make test TESTS="tests/quota -k race"
 TESTS ?=
+# Sections for `make bench`: make bench BENCH="large small"
+BENCH ?=
 # Debian packages that tests run: strace shows the order of system calls, curl runs the tour of the README.
 TEST_PACKAGES := curl strace
 
@@ -52,7 +54,7 @@ format: $(DEVELOPING)  ## rewrite the code in the house's format
 
 .PHONY: bench
 bench: $(DEVELOPING)  ## measure the speed, as ratios within one session
-	@$(RUN) -m tests.bench
+	@$(RUN) -m tests.bench $(BENCH)
 
 ##@ Set-up
 
