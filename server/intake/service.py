@@ -24,7 +24,7 @@ from server.errors import (
 )
 from server.intake.upload import Details, Upload
 from server.kinds import Allowed
-from server.ledger import Database
+from server.ledger import Database, Publisher
 from server.ledger.models import File, Tombstone
 from server.settings import Settings
 from server.vault import Vault, Volume
@@ -53,6 +53,7 @@ class Intake:
         self.settings = settings
         self.db = db
         self.vault = vault
+        self.publisher = Publisher(db)
         self.allowed = Allowed.from_settings(settings)
         self.live: set[UUID] = set()  # uploads of this process that hold a reservation; housekeeping renews their leases
         self.buffered_bytes = 0  # held in memory by small uploads together

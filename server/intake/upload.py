@@ -302,6 +302,8 @@ class Upload:
 
     async def _publish(self, new: NewFile) -> File:
         try:
+            if self._reserved_bytes is None:
+                return await self._intake.publisher.publish(new)
             return await ledger.publish_file(self._intake.db, new)
         except NotFound as problem:  # erased since the upload began, perhaps with the bytes that we have just landed
             self._intake.forget(self.user_id)

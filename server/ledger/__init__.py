@@ -27,6 +27,7 @@ from server.ledger.models import (
     User,
     VolumeRow,
 )
+from server.ledger.publisher import Publisher
 from server.ledger.tombstones import drop_tombstones, pending_tombstones
 from server.ledger.uploads import (
     live_uploads,
@@ -58,6 +59,7 @@ __all__ = [
     "KindUsage",
     "MigrationError",
     "NewFile",
+    "Publisher",
     "ReplacedContent",
     "Tombstone",
     "User",

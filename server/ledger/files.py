@@ -1,6 +1,7 @@
 """Rows of `user_files`. Every function is one statement; another user's file and a missing one are both `NotFound` (P4)."""
 
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -52,13 +53,18 @@ async def publish_file(db: Database, new: NewFile) -> File:
         new.generation,
         new.package_name,
         new.tags,
-        _json(new.metadata),
+        json_text(new.metadata),
         new.idempotency_key,
         new.user_since,
         patience=COMMIT_PATIENCE_SECONDS,
     )
     if not rows:
         raise NotFound
+    return published(new, rows[0]["upload_date"])
+
+
+def published(new: NewFile, date: datetime) -> File:
+    """The row that publishing made of `new`; every date of it is the transaction's."""
     return File(
         id=new.id,
         user_id=new.user_id,
@@ -80,7 +86,10 @@ async def publish_file(db: Database, new: NewFile) -> File:
         tags=new.tags,
         is_favorite=False,
         metadata=new.metadata,
-        **rows[0],
+        upload_date=date,
+        content_changed_at=date,
+        created_at=date,
+        updated_at=date,
     )
 
 
@@ -147,7 +156,7 @@ async def update_file(
             package_name is not msgspec.UNSET,
             None if package_name is msgspec.UNSET else package_name,
             metadata is not msgspec.UNSET,
-            None if metadata is msgspec.UNSET else _json(metadata),
+            None if metadata is msgspec.UNSET else json_text(metadata),
         )
     )
 
@@ -181,7 +190,8 @@ def _one(rows: list[Row]) -> File:
     return file_of(rows[0])
 
 
-def _json(value: dict[str, Any]) -> str:
+def json_text(value: dict[str, Any] | list[str]) -> str:
+    """JSON for a jsonb parameter. Raises `InvalidRequest` for text that is no Unicode."""
     try:
         return msgspec.json.encode(value).decode()
     except UnicodeEncodeError as problem:  # half of a surrogate pair

@@ -19,7 +19,32 @@ with released as (
            jsonb_build_object('file_name', file_name, 'file_type', file_type, 'mime_type', mime_type, 'file_size', file_size)
       from published
 )
-select upload_date, content_changed_at, created_at, updated_at from published;
+select upload_date from published;
+
+-- name: publish_files
+-- Inserts files that hold no reservation, with their events. Leaves out those whose user is not the one who was there when the upload
+-- began, and those whose user somebody else has locked: nobody's upload waits for another user.
+with news as (
+    select * from unnest($1::uuid[], $2::text[], $3::timestamptz[], $4::text[], $5::text[], $6::text[], $7::bigint[], $8::bytea[],
+                         $9::uuid[], $10::text[], $11::integer[], $12::text[], $13::jsonb[], $14::jsonb[])
+             as n (id, user_id, user_since, file_name, file_type, mime_type, file_size, sha256,
+                   volume_id, file_path, generation, package_name, tags, metadata)
+), admitted as materialized (
+    select user_id, created_at from user_storage where user_id = any ($2) for no key update skip locked
+), published as (
+    insert into user_files (id, user_id, file_name, file_type, mime_type, file_size, sha256, volume_id, file_path, generation,
+                            package_name, tags, metadata)
+    select n.id, n.user_id, n.file_name, n.file_type, n.mime_type, n.file_size, n.sha256, n.volume_id, n.file_path, n.generation,
+           n.package_name, array(select jsonb_array_elements_text(n.tags)), n.metadata
+      from news n join admitted a on a.user_id = n.user_id and (n.user_since is null or a.created_at = n.user_since)
+    returning *
+), noted as (
+    insert into events (user_id, type, file_id, payload)
+    select user_id, 'file.created', id,
+           jsonb_build_object('file_name', file_name, 'file_type', file_type, 'mime_type', mime_type, 'file_size', file_size)
+      from published
+)
+select id, upload_date from published;
 
 -- name: replace_content
 -- Ends the reservation, then points the row at other bytes if it still has the generation that the caller saw. The trigger leaves a

@@ -5,7 +5,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 START_SECONDS = 120
@@ -72,8 +72,8 @@ def family(pid: int) -> list[int]:
     """A process and all its descendants."""
     members = [pid]
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in task.read_text().split():
-            members += family(int(child))
+        with suppress(FileNotFoundError):  # that thread ended while we looked
+            members += [member for child in task.read_text().split() for member in family(int(child))]
     return members
 
 

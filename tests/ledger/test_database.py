@@ -83,7 +83,8 @@ async def test_opening_never_fails_and_calls_fail_fast_when_there_is_no_database
     await db.open()
     try:
         began = time.monotonic()
-        for call in (db.check(), db.write("select 1"), ledger.publish_file(db, new_file("ada", 1))):
+        file = new_file("ada", 1)
+        for call in (db.check(), db.write("select 1"), ledger.publish_file(db, file), ledger.Publisher(db).publish(file)):
             with pytest.raises(DatabaseUnavailable):
                 await call
         assert time.monotonic() - began < 3
