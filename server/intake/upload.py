@@ -279,7 +279,7 @@ class Upload:
         if self._declared_bytes is not None and self.received_bytes != self._declared_bytes:
             raise IncompleteBody
         decided = self._resolve(kind)
-        self._volume.check_writable(0)
+        self._volume.check_state()
         if not self._buffering:
             await self._reserve_for_received()
         self._stop_buffering()

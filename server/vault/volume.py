@@ -124,12 +124,16 @@ class Volume:
 
     def check_writable(self, needed_bytes: int) -> None:
         """Raises `VolumeUnavailable`, `VolumeReadOnly` or `VolumeFull` unless that many more bytes may be written now."""
+        self.check_state()
+        if self.free_bytes() < needed_bytes:
+            raise VolumeFull
+
+    def check_state(self) -> None:
+        """Raises `VolumeUnavailable` or `VolumeReadOnly` when the last look or write found it so. Costs nothing."""
         if self.state == "unavailable":
             raise VolumeUnavailable
         if self.state == "read_only":
             raise VolumeReadOnly
-        if self.free_bytes() < needed_bytes:
-            raise VolumeFull
 
     @contextmanager
     def writing(self) -> Iterator[None]:
