@@ -154,8 +154,8 @@ class _Form:
     async def _start(self, part: FileStart) -> None:
         number = len(self._files)
         self._names.append(part.file_name)
-        # The key names the request, so each file in it gets a key of its own.
-        key = None if self._key is None else self._key if number == 0 else f"{self._key}/{number}"
+        # The key names the request, so each file in it gets a key of its own. No client's key holds a space.
+        key = None if self._key is None else self._key if number == 0 else f"{self._key} {number}"
         likely = max(0, self._content_length - self.consumed_bytes) if self._content_length else 0
         expected = _parse_digests(part.headers.get("content-digest"), part.headers.get("content-md5"))
         try:

@@ -40,6 +40,9 @@ def test_each_file_of_a_form_is_repeated_on_its_own(server: RunningServer) -> No
         first, again = (client.post("/api/files/upload", files=files, headers={"Idempotency-Key": "k"}).json() for _ in range(2))
         assert first == again
         assert client.get("/api/storage/usage").json()["file_count"] == 2
+        for key in ("k/1", "k-1", "k1", "k:1"):  # no key that a client can choose is that of the second file
+            other = client.post("/api/files/upload", content=image(seed=3), headers={"Idempotency-Key": key}).json()
+            assert other["id"] not in [result["file"]["id"] for result in first["results"]]
 
 
 def test_a_failed_first_try_leaves_the_key_free(server: RunningServer) -> None:
