@@ -2,6 +2,7 @@
 
 import base64
 import re
+from bisect import bisect_right
 from datetime import UTC, datetime
 from email.utils import format_datetime
 from typing import Literal
@@ -20,9 +21,15 @@ CONTENT_SECURITY_POLICY = "sandbox; default-src 'none'; img-src 'self'; media-sr
 # No proxy may recompress the bytes: they would no longer be those of the ETag and of the digest.
 OWNER_CACHE_CONTROL = "private, no-cache, no-transform"
 
+# nginx passes on a head of 4 KiB in all (`proxy_buffer_size`) and answers 502 for more. The other headers take under 1 KiB.
+# Per character a name takes 1 byte in the plain form and up to 12 in the exact one: 500 ASCII characters always fit, 150 emoji too.
+MOST_DISPOSITION_BYTES = 2_048
+
 _SHOWN_BY_BROWSERS = frozenset(mime_type for mime_type in KNOWN if mime_type.startswith(("image/", "video/", "audio/")))
 _ATTRIBUTE_CHARACTERS = "!#$&+-.^_`|~"  # RFC 8187, besides letters and digits
 _MIME_TYPE = re.compile(r"[A-Za-z0-9!#$&^_.+-]+/[A-Za-z0-9!#$&^_.+-]+")
+# An ending that is worth keeping: what tells programs the type. Longer ones are part of the name.
+_EXTENSION = re.compile(r"(?<=.)\.[^.]{1,16}\Z", re.DOTALL)
 _NOT_PLAIN = re.compile(r"[^ !#$&'()+,\-.0-9;=@A-Z\[\]^_`a-z{}~]")
 
 
@@ -40,8 +47,19 @@ def content_disposition(disposition: Disposition, name: str) -> str:
     """RFC 6266: the name as it is for everyone who reads `filename*`, and one in plain ASCII for the rest.
 
     The plain one has `_` for whatever an old browser could misread: quotes, backslashes, slashes, percent signs, control
-    and non-ASCII characters.
+    and non-ASCII characters. At most `MOST_DISPOSITION_BYTES`: a longer name loses characters before its extension, in both forms.
     """
+    value = _named(disposition, name)
+    if len(value) > MOST_DISPOSITION_BYTES:
+        found = _EXTENSION.search(name)
+        extension = found[0] if found else ""
+        shorter = [name[:kept] + extension for kept in range(len(name) - len(extension))]
+        fitting = bisect_right(shorter, MOST_DISPOSITION_BYTES, key=lambda each: len(_named(disposition, each)))
+        return _named(disposition, shorter[fitting - 1])
+    return value
+
+
+def _named(disposition: Disposition, name: str) -> str:
     plain = _NOT_PLAIN.sub("_", name)
     value = f'{disposition}; filename="{plain}"'
     if plain == name:

@@ -108,6 +108,17 @@ def test_a_download_continues_only_with_the_bytes_it_began_with(server: RunningS
             assert (again.status_code, again.content) == (200, other)
 
 
+def test_a_name_too_long_for_a_header_is_cut_there_alone(server: RunningServer) -> None:
+    name = "🌅" * 496 + ".png"
+    with server.client("ada") as client:
+        file, url = stored(client, BODY, name)
+        assert file["file_name"] == client.get(f"/api/files/{file['id']}").json()["file_name"] == name
+        head = client.head(url)
+        assert len(head.headers["content-disposition"]) <= 2_048
+        assert sum(len(key) + len(value) + 4 for key, value in head.headers.items()) < 3_584  # nginx's 4 KiB, with room for its own
+        assert name_in(head).endswith("🌅.png") and name.startswith(name_in(head).removesuffix(".png"))
+
+
 def test_nobody_else_learns_that_the_file_exists(server: RunningServer) -> None:
     with server.client("ada") as ada, server.client("bob") as bob:
         _, url = stored(ada, BODY)
