@@ -1,10 +1,17 @@
-"""uvicorn's HTTP protocol, with a read buffer that suits uploads and a bound on everything that is not a body."""
+"""uvicorn's HTTP protocol, with a read buffer that suits uploads, a bound on everything that is not a body, and our own refusals."""
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+import logging
+
+from uuid_utils import uuid7
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from server.api.problems import HttpRefusal, Problem
 
 READ_AHEAD_BYTES = 128 * 1024  # per connection; the event loop reads up to 250 KiB at once, so at most that much more waits
 # nginx takes 32 KiB by default. The parser keeps what it has of a head, so without a bound one endless header fills the memory.
 MOST_HEAD_BYTES = 64 * 1024
+
+log = logging.getLogger("coffer.api")
 
 
 class UploadProtocol(HttpToolsProtocol):
@@ -25,17 +32,39 @@ class UploadProtocol(HttpToolsProtocol):
         self._bytes_since_progress += len(data)
         super().data_received(data)
         if self._bytes_since_progress > MOST_HEAD_BYTES and not self.transport.is_closing():
-            self.send_400_response("The head of the request is too large.")
+            self._refuse(431)
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuses what the parser could not read as HTTP. uvicorn has logged `msg`, which for us says no more than the status."""
+        self._refuse(400)
+
+    def _refuse(self, status: int) -> None:
+        """Answers with problem+json and hangs up. No request has come of it, so the front neither sees, counts nor logs it."""
+        request_id = str(uuid7())
+        log.info("refused before it was a request", extra={"request_id": request_id, "status": status})
+        problem = Problem.of(HttpRefusal(status), request_id)
+        headers = [
+            *self.server_state.default_headers,
+            *problem.raw_headers(),
+            (b"x-request-id", request_id.encode()),
+            (b"connection", b"close"),
+        ]
+        lines = [b"%b: %b\r\n" % each for each in headers]
+        self.transport.write(b"".join([STATUS_LINE[status], *lines, b"\r\n", problem.body]))
+        self.transport.close()
 
     def on_message_begin(self) -> None:
+        """A request's first byte has come; until `on_headers_complete` its headers are taken."""
         self._in_head = True
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        """Takes a header; the parser calls it for trailers too, which are dropped."""
         if self._in_head:
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        """Starts the application, with headers that are final from here on."""
         self._in_head = False
         self._bytes_since_progress = 0
         super().on_headers_complete()
@@ -53,5 +82,6 @@ class UploadProtocol(HttpToolsProtocol):
         cycle.message_event.set()
 
     def on_message_complete(self) -> None:
+        """Tells the application that the body has ended. Also without a body, so an idle connection never counts as a head under way."""
         self._bytes_since_progress = 0
         super().on_message_complete()
