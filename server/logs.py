@@ -45,6 +45,7 @@ class JsonLines(logging.Formatter):
     """A record and its `extra` as one line of JSON."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """One line whatever the message holds. What has the shape of a key or a password is blanked out, in the traceback too."""
         line: dict[str, object] = {
             "time": datetime.fromtimestamp(record.created, UTC),
             "level": record.levelname.lower(),
@@ -60,6 +61,7 @@ class JsonLines(logging.Formatter):
 
 
 def encode(line: object) -> str:
+    """One line of JSON. A value that JSON has no form for is written as its `str`; a line with lone surrogates as escaped ASCII."""
     try:
         return _encoder.encode(line).decode()
     except (ValueError, TypeError, RecursionError):  # lone surrogates, keys that are not text

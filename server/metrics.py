@@ -59,6 +59,7 @@ class Metrics:
         self._children: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
 
     def started(self) -> None:
+        """Counts a request as under way until `finished`, which must follow however the request ends."""
         self._in_flight.inc()
 
     def finished(self, route: str, method: str, status: int, seconds: float, *, bytes_in: int, bytes_out: int) -> None:

@@ -1,22 +1,20 @@
 """The Litestar application: every JSON route. Failures pass through it to `front.py`, which answers all of them."""
 
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, cast, get_args
 
 from litestar import Litestar, Request
 from litestar.datastructures import State
 from litestar.exceptions import HTTPException, ValidationException
 
 from server.api import files, health, openapi, storage, users
+from server.api.door import services_of
 from server.api.front import ASGIApp
 from server.api.problems import COMMON_HEADERS, HttpRefusal
+from server.api.reading import StrictRequest, bad_limit
 from server.api.services import Services
 from server.errors import InvalidRequest, NotFound
 
 LARGEST_JSON_BYTES = 2**20  # the longest honest body, names and metadata written as escapes, is under 0.5 MiB
-
-
-# What clients call the parameters that have another name in the handlers.
-_NAMES_OUTSIDE = {"data": "body", "file_type": "type"}
 
 
 def build(services: Services) -> ASGIApp:
@@ -26,6 +24,7 @@ def build(services: Services) -> ASGIApp:
     app = Litestar(
         route_handlers=[*described, *describing],
         state=State({"services": services}),
+        request_class=StrictRequest,
         exception_handlers={Exception: _pass_on},
         request_max_body_size=LARGEST_JSON_BYTES,
         response_headers=COMMON_HEADERS,
@@ -35,11 +34,11 @@ def build(services: Services) -> ASGIApp:
     return cast("ASGIApp", app)
 
 
-def _pass_on(_: Request[Any, Any, Any], error: Exception) -> NoReturn:
+def _pass_on(request: Request[Any, Any, Any], error: Exception) -> NoReturn:
     """Hands every failure to the front, with Litestar's own refusals put in our words."""
     match error:
         case ValidationException():
-            raise _invalid(error) from error
+            raise _invalid(request, error) from error
         case HTTPException(status_code=404):
             raise NotFound from error
         case HTTPException(status_code=400):
@@ -52,8 +51,19 @@ def _pass_on(_: Request[Any, Any, Any], error: Exception) -> NoReturn:
             raise error
 
 
-def _invalid(error: ValidationException) -> InvalidRequest:
+def _invalid(request: Request[Any, Any, Any], error: ValidationException) -> InvalidRequest:
+    """Says what would be accepted. Bodies that are there were judged by `StrictRequest`; this is for queries, and for no body."""
     first = error.extra[0] if isinstance(error.extra, list) and error.extra else {}
-    name, message = str(first.get("key", "request")), str(first.get("message", error.detail))
-    # Litestar tells of a missing body with the text of a KeyError.
-    return InvalidRequest(_NAMES_OUTSIDE.get(name, name), "is missing" if message == repr(name) else message)
+    match first.get("key"):
+        case "data":
+            return InvalidRequest("body", "is empty; send a JSON object")
+        case "limit":
+            return bad_limit(services_of(request))
+        case "favorite":
+            return InvalidRequest("favorite", "must be true or false")
+        case "sort":
+            return InvalidRequest("sort", f"must be one of {', '.join(get_args(files.Sort))}")
+        case "file_type":
+            return InvalidRequest("type", f"must be one of {', '.join(get_args(files.Kind))}")
+        case name:
+            return InvalidRequest(str(name or "request"), str(first.get("message", error.detail)))

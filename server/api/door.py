@@ -45,6 +45,7 @@ def needs(scope: Scope) -> Callable[[AnyConnection, BaseRouteHandler], Awaitable
 
 
 def services_of(connection: AnyConnection) -> Services:
+    """What `application.build` was given: one and the same for all requests of a process."""
     return cast("Services", connection.app.state["services"])
 
 

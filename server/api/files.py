@@ -12,12 +12,12 @@ from msgspec import UNSET, Meta, UnsetType
 
 from server import fields, ledger
 from server.api.door import needs, principal_of, services_of
+from server.api.reading import DEFAULT_PAGE, known_query_only, page_size
 from server.auth import Scope
 from server.delivery.conditions import evaluate_if_match
 from server.errors import InvalidRequest, NotFound, PreconditionFailed
 from server.ledger import File, FileQuery
 
-DEFAULT_PAGE = 50
 MOST_DELETED_AT_ONCE = 1_000
 
 _UUID_CHARACTERS = 36
@@ -69,10 +69,14 @@ class FileChanges(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class FavoriteChange(msgspec.Struct, forbid_unknown_fields=True):
+    """Sets the flag to this, whatever it was: unlike a request without a body, it may be repeated."""
+
     is_favorite: bool
 
 
 class TagsChange(msgspec.Struct, forbid_unknown_fields=True):
+    """All tags of the file from now on, at most 64 of up to 100 characters; an empty list removes them. Repetitions are dropped."""
+
     tags: list[str]
 
 
@@ -83,6 +87,8 @@ class FileIds(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class DeleteResult(msgspec.Struct):
+    """`id` as it was sent. `not_found` also for an id that is malformed or another user's."""
+
     id: str
     status: Literal["deleted", "not_found"]
 
@@ -120,7 +126,7 @@ def file_json(file: File) -> FileAnswer:
     )
 
 
-@get("/", guards=[needs(Scope.FILES_READ)])
+@get("/", guards=[needs(Scope.FILES_READ)], before_request=known_query_only)
 async def list_files(
     request: Http,
     *,
@@ -142,9 +148,6 @@ async def list_files(
 ) -> FileList:
     """The user's files, page by page. A combination of filter and sort that no index serves is refused, never slow."""
     services = services_of(request)
-    most = services.settings.max_list_page
-    if limit is not None and limit > most:
-        raise InvalidRequest("limit", f"may be at most {most}")
     if name is not None and not _SEARCHABLE.search(name):
         raise InvalidRequest("name", "must hold a letter or a digit to look for")
     wanted = sort or ("-created" if name is None else "name")
@@ -162,7 +165,7 @@ async def list_files(
             created_to=_moment(created_to, "created_to"),
             sort=_SORTS[wanted.removeprefix("-")],
             descending=wanted.startswith("-"),
-            limit=min(DEFAULT_PAGE, most) if limit is None else limit,
+            limit=page_size(services, limit),
             cursor=cursor,
         ),
     )
@@ -177,8 +180,10 @@ async def show_file(request: Http, file_id: UUID) -> FileAnswer:
 
 @patch("/{file_id:uuid}", guards=[needs(Scope.FILES_WRITE)])
 async def change_file(request: Http, file_id: UUID, data: FileChanges) -> FileAnswer:
-    """Renames a file, or changes its package name or metadata."""
+    """Renames a file, or changes its package name or metadata. Without any of them the file stays as it is, `updated_at` too."""
     await _check_if_match(request, file_id)
+    if data == FileChanges():
+        return file_json(await ledger.get_file(services_of(request).db, principal_of(request).owner, file_id))
     file = await ledger.update_file(
         services_of(request).db,
         principal_of(request).owner,

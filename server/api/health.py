@@ -16,10 +16,14 @@ Http = Request[Any, Any, Any]
 
 
 class Alive(msgspec.Struct):
+    """Always the same: that it is sent at all is the message."""
+
     status: Literal["alive"] = "alive"
 
 
 class DatabaseCheck(msgspec.Struct):
+    """`ok` when PostgreSQL answered and no migration is missing; `detail` is for people and holds no address and no password."""
+
     ok: bool
     detail: str
 

@@ -13,6 +13,8 @@ from server.vault import Vault
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
+    """One of each per process, shared by all its requests. Whoever made them opens and closes them; a door only calls."""
+
     settings: Settings
     db: Database
     vault: Vault

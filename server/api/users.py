@@ -11,11 +11,10 @@ from msgspec import Meta
 
 from server import fields, ledger
 from server.api.door import needs, services_of
+from server.api.reading import DEFAULT_PAGE, known_query_only, page_size
 from server.auth import Scope
-from server.errors import InvalidRequest
 from server.ledger import User
 
-DEFAULT_PAGE = 50
 _LARGEST_BIGINT = 2**63 - 1
 
 Http = Request[Any, Any, Any]
@@ -37,15 +36,19 @@ class UserAnswer(msgspec.Struct, kw_only=True):
 
 
 class UserList(msgspec.Struct):
+    """`next_cursor` asks for the users after these. Null when there are none; after a full last page it leads to an empty one."""
+
     users: list[UserAnswer]
     next_cursor: str | None
 
 
 class QuotaChange(msgspec.Struct, forbid_unknown_fields=True):
+    """`max_bytes` counts what is stored and what is reserved. Null is unlimited, 0 lets no byte in."""
+
     max_bytes: Annotated[int, Meta(ge=0, le=_LARGEST_BIGINT)] | None
 
 
-@get("/")
+@get("/", before_request=known_query_only)
 async def list_users(
     request: Http,
     limit: Annotated[int | None, Parameter(ge=1, description=f"Users on the page; {DEFAULT_PAGE} when left out.")] = None,
@@ -53,10 +56,7 @@ async def list_users(
 ) -> UserList:
     """All users, in the order of their ids."""
     services = services_of(request)
-    most = services.settings.max_list_page
-    if limit is not None and limit > most:
-        raise InvalidRequest("limit", f"may be at most {most}")
-    wanted = min(DEFAULT_PAGE, most) if limit is None else limit
+    wanted = page_size(services, limit)
     users = await ledger.list_users(services.db, None if cursor is None else fields.clean_user_id(cursor, "cursor"), wanted)
     return UserList([_answer(user) for user in users], users[-1].user_id if len(users) == wanted else None)
 

@@ -23,6 +23,7 @@ class NewApiKey:
 
     @classmethod
     def generate(cls) -> "NewApiKey":
+        """A key from the system's randomness: 80 bits of id, 256 of secret. It opens nothing until its row is stored."""
         key_id = b32encode(secrets.token_bytes(10)).decode("ascii").lower()
         secret = secrets.token_urlsafe(32)
         return cls(key_id, _digest(secret), f"cof_{key_id}_{secret}")

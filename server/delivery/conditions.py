@@ -16,6 +16,8 @@ _DATE_FORMATS = ("%a, %d %b %Y %H:%M:%S GMT", "%A, %d-%b-%y %H:%M:%S GMT", "%a %
 
 
 class Outcome(Enum):
+    """What conditions that hold lead to: an answer with the bytes, or a 304. Those that fail raise `PreconditionFailed`."""
+
     PROCEED = "proceed"
     NOT_MODIFIED = "not modified"
 

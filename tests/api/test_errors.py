@@ -6,6 +6,7 @@ import socket
 import httpx
 import pytest
 
+from server.api.protocol import MOST_HEAD_BYTES
 from tests.samples import image
 from tests.serving import RunningServer
 from tests.waiting import until
@@ -66,6 +67,8 @@ def test_unknown_routes_and_methods(api: RunningServer) -> None:
     ("body", "field"),
     [
         (b"", "body"),
+        (b" ", "body"),
+        (b"null", "body"),
         (b"{", "body"),
         (b"[]", "body"),
         (b"\xff", "body"),
@@ -86,6 +89,87 @@ def test_bodies_that_cannot_be_accepted(api: RunningServer, body: bytes, field: 
         assert status == 400 and isinstance(problem, dict)
         assert (problem["code"], problem["field"]) == ("invalid_request", field) and problem["reason"]
         assert "'data'" not in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "field"),
+    [
+        ("PUT", "/api/users/strict/quota", b'{"max_bytes": "10"}', "max_bytes"),
+        ("PUT", "/api/users/strict/quota", b'{"max_bytes": 10.0}', "max_bytes"),
+        ("PUT", "/api/users/strict/quota", b'{"max_bytes": "null"}', "max_bytes"),
+        ("POST", f"/api/files/{MISSING}/favorite", b'{"is_favorite": "true"}', "is_favorite"),
+        ("POST", f"/api/files/{MISSING}/favorite", b'{"is_favorite": 1}', "is_favorite"),
+        ("PUT", f"/api/files/{MISSING}/tags", b'{"tags": [1]}', "tags"),
+        ("POST", "/api/files/delete", b'{"ids": ["' + b"x" * 65 + b'"]}', "ids"),
+        ("PATCH", f"/api/files/{MISSING}", b'{"package_name": 1}', "package_name"),
+    ],
+    ids=str,
+)
+def test_bodies_are_read_strictly(api: RunningServer, method: str, path: str, body: bytes, field: str) -> None:
+    with api.client("ada") as client:
+        status, problem = without_id(client.request(method, path, content=body))
+        assert status == 400 and isinstance(problem, dict)
+        assert (problem["code"], problem["field"]) == ("invalid_request", field) and problem["reason"].startswith("Expected ")
+
+
+def test_an_empty_body_is_told_so(api: RunningServer) -> None:
+    with api.client("ada") as client:
+        problem = client.patch(f"/api/files/{MISSING}").json()
+        assert (problem["field"], problem["reason"]) == ("body", "is empty; send a JSON object")
+
+
+def listing_routes(api: RunningServer) -> dict[str, list[str]]:
+    """The JSON routes that have query parameters, and those."""
+    described = httpx.get(f"{api.url}/schema/openapi.json").json()["paths"]
+    return {
+        path: parameters
+        for path, item in described.items()
+        for operation in item.values()
+        if operation["tags"] != ["Bytes"]
+        and (parameters := [each["name"] for each in operation.get("parameters", ()) if each.get("in") == "query"])
+    }
+
+
+def test_unknown_and_repeated_parameters_are_refused(api: RunningServer) -> None:
+    routes = listing_routes(api)
+    assert routes.keys() == {"/api/files", "/api/users"}
+    with api.client("ada") as client:
+        for path, parameters in routes.items():
+            for name in ("nonsense", "Limit", "file_type", "request", "", "ü&"):
+                problem = client.get(path, params={name: "1"}).json()
+                assert (problem["status"], problem["code"], problem["field"]) == (400, "invalid_request", name)
+                assert all(each in problem["reason"] for each in parameters)
+            for name in parameters:
+                for twice in (["1", "2"], ["1", "1"]):
+                    problem = client.get(path, params={name: twice}).json()
+                    assert (problem["code"], problem["field"]) == ("invalid_request", name) and "once" in problem["reason"]
+            assert len(client.get(path, params={"x" * 5_000: "1"}).json()["field"]) == 100
+            for query in ("limit=%ff", "%ff", "&".join(f"a{number}" for number in range(101))):
+                assert client.get(f"{path}?{query}").json()["field"] == "query"
+            assert client.get(f"{path}?&limit=1&").status_code == 200
+            assert httpx.get(f"{api.url}{path}?nonsense").status_code == 401  # who asks comes first
+
+
+@pytest.mark.parametrize(
+    ("query", "reason"),
+    [
+        ("sort=bogus", "must be one of created, -created, name, -name, size, -size"),
+        ("sort=", "must be one of created, -created, name, -name, size, -size"),
+        ("type=picture", "must be one of video, image, scene, project, audio"),
+        ("favorite=perhaps", "must be true or false"),
+        ("limit=abc", "must be a whole number from 1 to 200"),
+        ("limit=0", "must be a whole number from 1 to 200"),
+        ("limit=201", "must be a whole number from 1 to 200"),
+        ("limit=1.5", "must be a whole number from 1 to 200"),
+        ("limit=", "must be a whole number from 1 to 200"),
+    ],
+)
+def test_a_refused_parameter_says_what_is_permitted(api: RunningServer, query: str, reason: str) -> None:
+    with api.client("ada") as client:
+        for path in ("/api/files", "/api/users") if query.startswith("limit") else ("/api/files",):
+            status, problem = without_id(client.get(f"{path}?{query}"))
+            assert status == 400 and isinstance(problem, dict)
+            assert (problem["code"], problem["field"], problem["reason"]) == ("invalid_request", query.partition("=")[0], reason)
 
 
 def test_a_body_over_a_mebibyte_is_refused_declared_or_not(api: RunningServer) -> None:
@@ -154,6 +238,41 @@ def test_a_head_without_end_is_hung_up_on(api: RunningServer, endless: str) -> N
             for _ in range(50_000):
                 connection.sendall(piece)
         assert api.peak_memory_bytes() - before < 4 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"nonsense\r\n\r\n", 400),
+        (b"GET /health/live HTTP/9.9\r\n\r\n", 400),
+        (b"GET /health/live HTTP/1.1\r\nHost: x\r\nX\0: a\r\n\r\n", 400),
+        (b"GET /health/live HTTP/1.1\r\nHost: x\r\nContent-Length: many\r\n\r\n", 400),
+        # Not a byte beyond the limit: what the server has not read when it hangs up could cost us its answer.
+        (b"GET /health/live HTTP/1.1\r\nHost: x\r\nX-A: ".ljust(MOST_HEAD_BYTES + 1, b"a"), 431),
+    ],
+    ids=lambda value: repr(value)[:60],
+)
+def test_what_is_no_http_is_a_problem_too(api: RunningServer, sent: bytes, status: int) -> None:
+    with socket.create_connection((api.host, api.port), timeout=20) as connection:
+        connection.sendall(sent)
+        answer = whole_answer(connection)
+    body = without_id(answer)
+    assert body[0] == status and isinstance(body[1], dict)
+    assert (body[1]["status"], body[1]["code"]) == (status, "http_error")
+    assert (answer.headers["connection"], answer.headers["cache-control"]) == ("close", "no-store")
+    until(lambda: [line for line in api.logged().splitlines() if answer.headers["x-request-id"] in line])
+
+
+def whole_answer(connection: socket.socket) -> httpx.Response:
+    """What was answered until the server hung up, which must be one whole answer."""
+    received = b""
+    while piece := connection.recv(65_536):
+        received += piece
+    head, _, content = received.partition(b"\r\n\r\n")
+    first, *lines = head.decode().split("\r\n")
+    answer = httpx.Response(int(first.split(" ")[1]), headers=dict(line.split(": ", 1) for line in lines), content=content)
+    assert answer.headers["content-length"] == str(len(content))
+    return answer
 
 
 def test_a_head_of_ordinary_size_is_fine(api: RunningServer) -> None:

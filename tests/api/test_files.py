@@ -64,7 +64,10 @@ def test_changes(api: RunningServer) -> None:
         assert (changed["metadata"], changed["package_name"], changed["file_name"]) == ({"a": [1, None, {"b": 2.5}]}, "p", "ü/\u202e.png")
         assert client.patch(path, json={"metadata": {"c": 1}}).json()["metadata"] == {"c": 1}
         assert client.patch(path, json={"package_name": None}).json()["package_name"] is None
-        assert client.patch(path, json={}).json()["metadata"] == {"c": 1}
+        changed = client.get(path).json()
+        assert client.patch(path, json={}).json() == client.get(path).json() == changed  # `updated_at` too
+        assert client.patch(path, json={"package_name": None}).json()["updated_at"] > changed["updated_at"]
+        assert client.patch(f"/api/files/{MISSING}", json={}).status_code == 404
         assert client.get(path).json()["sha256"] == file["sha256"]
 
 
