@@ -5,9 +5,12 @@ import asyncio
 import os
 import sys
 from collections.abc import Awaitable, Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 from uuid import UUID
+
+import httpx
 
 from server import fields
 from server.auth import Scope
@@ -103,12 +106,15 @@ def _worker(_: argparse.Namespace) -> None:
 
 def _migrate(_: argparse.Namespace) -> None:
     try:
-        for name in asyncio.run(migrate(Settings.load().database_url)):
-            print(name)
+        applied = asyncio.run(migrate(Settings.load().database_url))
     except MigrationError as problem:
         raise CommandFailed(str(problem), Exit.REFUSED) from problem
     except OSError as problem:
         raise DatabaseUnavailable from problem
+    for name in applied:
+        print(name)
+    if not applied:
+        say("the schema is current; there was nothing to do")
 
 
 def _config(arguments: argparse.Namespace) -> None:
@@ -209,7 +215,10 @@ def _add_files(commands: Any) -> None:
     ls = _json(_file_command(commands, "ls", _ls, "list files, newest first"))
     for name in ("type", "mime", "tag", "package-name", "name", "sort"):
         ls.add_argument(f"--{name}", choices=KINDS if name == "type" else None, help="as in GET /api/files")
-    ls.add_argument("--limit", type=int, help="at most so many; all when left out")
+    ls.add_argument("--favorite", action="store_true", help="only favourites")
+    ls.add_argument("--since", type=_moment, help="only what was uploaded then or later: a date, or a time such as 2026-01-31T12:00:00Z")
+    ls.add_argument("--until", type=_moment, help="only what was uploaded before then; dates and times without a zone are UTC")
+    ls.add_argument("--limit", type=_at_least_one, help="at most so many; all when left out")
     get = _file_command(commands, "get", _get, "download a file")
     get.add_argument("file_id", type=UUID)
     get.add_argument("-o", "--output", help="where to write it, - for standard output; the file's own name when left out")
@@ -225,6 +234,7 @@ def _upload(arguments: argparse.Namespace) -> None:
 
 def _ls(arguments: argparse.Namespace) -> None:
     given = {name: getattr(arguments, name) for name in ("type", "mime", "tag", "package_name", "name", "sort")}
+    given |= {"favorite": "true" if arguments.favorite else None, "created_from": arguments.since, "created_to": arguments.until}
     files.show_all(_server(arguments), query=_without_none(given), most=arguments.limit, as_json=arguments.json)
 
 
@@ -242,7 +252,18 @@ def _server(arguments: argparse.Namespace) -> files.Server:
         raise CommandFailed("COFFER_API_KEY is not set: the key to use, made with `coffer key create`", Exit.USAGE)
     if not arguments.user:
         raise CommandFailed("say whose files are meant, with --user or COFFER_USER", Exit.USAGE)
-    return files.Server(os.environ.get("COFFER_URL", "http://127.0.0.1:3001"), api_key, fields.clean_user_id(arguments.user))
+    return files.Server(_url(os.environ.get("COFFER_URL", "http://127.0.0.1:3001")), api_key, fields.clean_user_id(arguments.user))
+
+
+def _url(text: str) -> str:
+    try:
+        url = httpx.URL(text)
+        usable = url.scheme in {"http", "https"} and url.host and (url.port or 0) < 2**16
+    except httpx.InvalidURL:
+        usable = False
+    if not usable:
+        raise CommandFailed("COFFER_URL: say where the server is, such as http://127.0.0.1:3001 or https://media.example.org", Exit.USAGE)
+    return text
 
 
 # How a command is declared
@@ -259,7 +280,7 @@ def _command(commands: Any, name: str, run: Run, meaning: str) -> argparse.Argum
 
 
 def _database_command(commands: Any, name: str, run: DatabaseRun, meaning: str) -> argparse.ArgumentParser:
-    """A command that needs DATABASE_URL, and talks to PostgreSQL without a server."""
+    """A command that needs COFFER_DATABASE_URL, and talks to PostgreSQL without a server."""
 
     async def with_database(settings: Settings, arguments: argparse.Namespace) -> None:
         db = Database(settings)
@@ -294,6 +315,21 @@ def _user_id(text: str) -> str:
         return fields.clean_user_id(text)
     except InvalidRequest as problem:
         raise argparse.ArgumentTypeError(problem.reason) from None
+
+
+def _at_least_one(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError("say a whole number from 1")
+    return int(text)
+
+
+def _moment(text: str) -> str:
+    """The text as the server understands it, if it does."""
+    try:
+        datetime.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError("say a date such as 2026-01-31, or a time such as 2026-01-31T12:00:00Z") from None
+    return text
 
 
 def _quota(text: str) -> int | None:

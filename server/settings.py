@@ -6,12 +6,16 @@ usual name. A secret may come as a file instead: `COFFER_DATABASE_URL_FILE=/path
 """
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
+
+_HOST_AND_PORT = re.compile(r"(?:\[[^\]]*\]|[^\s:@]*)(?::([0-9]*))?")
 
 
 class SettingError(ValueError):
@@ -38,6 +42,22 @@ def _boolean(text: str) -> bool:
         raise ValueError("say true or false") from None
 
 
+def _database_url(text: str) -> str:
+    """Tells what is no address of PostgreSQL from one where nobody answers. The text may hold a password, so it is not repeated.
+
+    A bare @ in a password is refused, as asyncpg would take what follows it for a host and show it in its complaint.
+    """
+    try:
+        parts = urlsplit(text)
+        hosts = [_HOST_AND_PORT.fullmatch(host) for host in parts.netloc.split("@", 1)[-1].split(",")]
+        usable = parts.scheme in {"postgresql", "postgres"} and all(host and int(host[1] or 0) < 2**16 for host in hosts)
+    except ValueError:
+        usable = False
+    if text and not usable:
+        raise ValueError("say postgresql://user:password@host:port/name, with what is special in a password percent-encoded")
+    return text
+
+
 def _words(text: str) -> tuple[str, ...]:
     return tuple(word for word in text.replace(",", " ").split())
 
@@ -59,7 +79,9 @@ def setting(
 class Settings:
     """All settings. Built by `Settings.load`; tests build it directly."""
 
-    database_url: str = setting("", "PostgreSQL 15 to 18 to use (postgresql://user:password@host:port/name). Required.", secret=True)
+    database_url: str = setting(
+        "", "PostgreSQL 15 to 18 to use (postgresql://user:password@host:port/name). Required.", read=_database_url, secret=True
+    )
     database_connections: int = setting(10, "Connections that each server process keeps at most.", read=_whole, at_least=2)
 
     host: str = setting("127.0.0.1", "Address to listen on. Put nginx in front before you change it.")
@@ -115,12 +137,12 @@ class Settings:
     @classmethod
     def load(cls, environment: Mapping[str, str] | None = None) -> "Settings":
         """Reads the environment; raises `SettingError` naming the first variable that is wrong or missing."""
-        values = {name: value for name, (value, _) in read_with_sources(os.environ if environment is None else environment).items()}
-        settings = cls(**values)
+        found = read_with_sources(os.environ if environment is None else environment)
+        settings = cls(**{name: value for name, (value, _) in found.items()})
         if not settings.database_url:
-            raise SettingError(
-                "DATABASE_URL is not set: Coffer keeps its rows in PostgreSQL, e.g. postgresql://coffer:secret@127.0.0.1/coffer"
-            )
+            source = found["database_url"][1]
+            wrong = f"{variable('database_url')} (or DATABASE_URL) is not set" if source == "default" else f"{source} is empty"
+            raise SettingError(f"{wrong}: Coffer keeps its rows in PostgreSQL, e.g. postgresql://coffer:secret@127.0.0.1/coffer")
         return settings
 
 

@@ -31,6 +31,7 @@ class Server:
     user_id: str
 
     def client(self) -> httpx.Client:
+        """Sends the key and the user with every request; connects with the first one. To be closed by the caller."""
         # The user id may be any Unicode; HTTP headers are bytes, and the server reads these as UTF-8.
         headers = {b"Authorization": f"Bearer {self.api_key}".encode(), b"X-User-Id": self.user_id.encode()}
         return httpx.Client(base_url=self.url, headers=httpx.Headers(headers), timeout=_TIMEOUT)

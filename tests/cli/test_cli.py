@@ -8,6 +8,7 @@ import sys
 import termios
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,33 @@ def test_ls_follows_the_pages(coffer: Coffer, tmp_path: Path) -> None:
     names = [json.loads(line)["file_name"] for line in coffer("ls", "--json", "--sort", "name").stdout.splitlines()]
     assert names == [path.name for path in paths]
     assert len(coffer("ls", "--limit", "55").stdout.splitlines()) == 55
+    for limit in ("0", "-1", "many", "1.5"):
+        refused = coffer("ls", "--limit", limit)
+        assert (refused.returncode, "--limit: say a whole number from 1" in refused.stderr) == (Exit.USAGE, True)
+
+
+def test_ls_filters_by_favorite_and_date(coffer: Coffer, server: RunningServer, tmp_path: Path) -> None:
+    stored = []
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(image(200, seed=number))
+        stored.append(uploaded(coffer, tmp_path / f"{number}.png"))
+
+    def listed(*options: str) -> list[str]:
+        done = coffer("ls", "--json", "--sort", "created", *options)
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line)["id"] for line in done.stdout.splitlines()]
+
+    with server.client(USER) as client:
+        client.post(f"/api/files/{stored[1]}/favorite")
+        moment = client.get(f"/api/files/{stored[1]}").json()["upload_date"]
+    assert listed("--favorite") == [stored[1]]
+    assert listed("--since", moment) == stored[1:]
+    assert listed("--until", moment) == stored[:1]
+    elsewhere = datetime.fromisoformat(moment).astimezone(timezone(timedelta(hours=5))).isoformat()
+    assert listed("--since", elsewhere, "--until", "2999-12-31") == stored[1:]  # its + arrives as one
+    for option in ("--since", "--until"):
+        refused = coffer("ls", option, "yesterday")
+        assert (refused.returncode, f"{option}: say a date" in refused.stderr) == (Exit.USAGE, True)
 
 
 def test_one_bad_file_does_not_keep_the_others_back(coffer: Coffer, tmp_path: Path) -> None:
@@ -199,6 +227,67 @@ def test_config_tells_every_setting_and_no_secret(coffer: Coffer, server: Runnin
     assert server.database_url not in done.stdout
     wrong = coffer("config", COFFER_PORT="many")
     assert (wrong.returncode, "COFFER_PORT" in wrong.stderr) == (Exit.USAGE, True)
+
+
+NO_DATABASE_URLS = (
+    "garbage",
+    "localhost/x",
+    "mysql://a:b@127.0.0.1/x",
+    "postgresql://a:secret/x@127.0.0.1/x",
+    "postgresql://a:p@secret@127.0.0.1/x",
+    "postgresql://127.0.0.1:many/x",
+    "postgresql://127.0.0.1:99999/x",
+    "postgresql://a,b:x/y",
+    "postgresql://[::1/x",
+)
+
+
+def test_a_database_url_that_is_none_names_its_variable(coffer: Coffer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DATABASE_URL")
+    for url in NO_DATABASE_URLS:
+        (tmp_path / "url").write_text(url)
+        for name, value in (("COFFER_DATABASE_URL", url), ("DATABASE_URL", url), ("DATABASE_URL_FILE", str(tmp_path / "url"))):
+            for command in ("migrate", "user list", "config"):
+                done = coffer(*command.split(), **{name: value})
+                assert done.returncode == Exit.USAGE, (url, done)
+                assert f"coffer: {name}: say postgresql://" in done.stderr
+                assert "secret" not in done.stderr and "garbage" not in done.stderr
+
+
+def test_a_database_url_that_is_missing_or_empty(coffer: Coffer, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "coffer: DATABASE_URL is empty" in coffer("user", "list", DATABASE_URL="").stderr
+    monkeypatch.delenv("DATABASE_URL")
+    missing = coffer("user", "list")
+    assert (missing.returncode, "COFFER_DATABASE_URL (or DATABASE_URL) is not set" in missing.stderr) == (Exit.USAGE, True)
+
+
+def test_database_urls_that_postgresql_takes() -> None:
+    for url in (
+        "postgres://h/x",
+        "postgresql:///x?host=/run/postgresql",
+        "postgresql://a:p%2Fw@[::1]:5432/x",
+        "postgresql://a@h1:1,h2:2/x?sslmode=require",
+        "postgresql://h",
+        "postgresql://",
+    ):
+        assert Settings.load({"DATABASE_URL": url}).database_url == url
+
+
+@pytest.mark.parametrize("url", ["", "garbage", "127.0.0.1:3001", "ftp://h", "http://", "http://[::1", "http://h:many", "http://h:99999"])
+def test_a_server_url_that_is_none_names_its_variable(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], url: str
+) -> None:
+    monkeypatch.setenv("COFFER_API_KEY", "cof_some")
+    monkeypatch.setenv("COFFER_URL", url)
+    assert cli.run(["ls", "--user", "ada"]) == Exit.USAGE
+    assert "coffer: COFFER_URL: say where" in capsys.readouterr().err
+
+
+def test_migrate_says_when_there_is_nothing_to_do(coffer: Coffer, empty_database_url: str) -> None:
+    first = coffer("migrate", DATABASE_URL=empty_database_url)
+    assert first.stdout.splitlines()[0].startswith("0001_") and "current" not in first.stderr
+    again = coffer("migrate", DATABASE_URL=empty_database_url)
+    assert (again.returncode, again.stdout, "the schema is current" in again.stderr) == (0, "", True)
 
 
 def test_exit_codes(coffer: Coffer) -> None:
