@@ -17,7 +17,7 @@ from server.auth import Scope
 from server.commands import configuration, files, keys, users, volumes
 from server.commands.failures import MEANING, CommandFailed, Exit, code_of
 from server.commands.output import say
-from server.errors import CofferError, DatabaseUnavailable, InvalidRequest
+from server.errors import CofferError, InvalidRequest
 from server.kinds import KINDS
 from server.ledger import Database, MigrationError, migrate
 from server.settings import SettingError, Settings
@@ -109,8 +109,6 @@ def _migrate(_: argparse.Namespace) -> None:
         applied = asyncio.run(migrate(Settings.load().database_url))
     except MigrationError as problem:
         raise CommandFailed(str(problem), Exit.REFUSED) from problem
-    except OSError as problem:
-        raise DatabaseUnavailable from problem
     for name in applied:
         print(name)
     if not applied:

@@ -24,16 +24,20 @@ class FileStart:
 
 @dataclass(slots=True)
 class FileData:
+    """The next bytes of the file part under way."""
+
     data: bytes
 
 
 @dataclass(slots=True)
 class FileEnd:
-    pass
+    """The file part is complete."""
 
 
 @dataclass(slots=True)
 class Field:
+    """A text part, whole."""
+
     name: str
     value: str
 

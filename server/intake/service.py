@@ -61,6 +61,7 @@ class Intake:
 
     @property
     def buffered_is_full(self) -> bool:
+        """Whether small uploads together hold as much memory as they may; the next ones go to disk at once."""
         return self.buffered_bytes > self.settings.buffered_total_bytes
 
     async def placed(self, user_id: str) -> Placement:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import asyncpg
 
+from server.errors import DatabaseUnavailable
 from server.ledger.database import Database
 from server.ledger.statements import SQL_DIRECTORY, statement
 
@@ -28,8 +29,11 @@ class MigrationError(RuntimeError):
 
 
 async def migrate(database_url: str, directory: Path = MIGRATIONS) -> list[str]:
-    """Applies what is pending and returns the names. Raises `MigrationError`, and PostgreSQL's error when a file fails."""
-    connection = await asyncpg.connect(database_url, timeout=10, server_settings={"application_name": "coffer migrate"})
+    """Applies what is pending and returns the names. Raises `DatabaseUnavailable`, and `MigrationError`, also when a file fails."""
+    try:
+        connection = await asyncpg.connect(database_url, timeout=10, server_settings={"application_name": "coffer migrate"})
+    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError) as problem:
+        raise DatabaseUnavailable from problem
     try:
         await connection.execute("select pg_advisory_lock($1)", _ADVISORY_LOCK)
         await connection.execute(statement("create_schema_migrations"))
@@ -37,10 +41,13 @@ async def migrate(database_url: str, directory: Path = MIGRATIONS) -> list[str]:
         names = _pending(recorded, directory)
         for name in names:
             content = (directory / f"{name}.sql").read_bytes()
-            async with connection.transaction():
-                await connection.execute(_LIMITS)
-                await connection.execute(content.decode())
-                await connection.execute(statement("record_migration"), name, hashlib.sha256(content).digest())
+            try:
+                async with connection.transaction():
+                    await connection.execute(_LIMITS)
+                    await connection.execute(content.decode())
+                    await connection.execute(statement("record_migration"), name, hashlib.sha256(content).digest())
+            except asyncpg.PostgresError as problem:
+                raise MigrationError(f"{name} failed and has changed nothing: {problem}") from problem
         return names
     finally:
         await connection.close()

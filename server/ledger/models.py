@@ -114,6 +114,8 @@ class User(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class KindUsage(msgspec.Struct, frozen=True, kw_only=True):
+    """A user's files of one kind, and their bytes. Reservations are in none."""
+
     file_count: int
     total_bytes: int
 

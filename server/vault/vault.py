@@ -26,6 +26,7 @@ class Vault:
 
     @property
     def volumes(self) -> list[Volume]:
+        """All that rows have named since the start, in the order in which they came."""
         return list(self._volumes.values())
 
     def volume(self, volume_id: UUID | None) -> Volume:

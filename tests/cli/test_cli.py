@@ -283,6 +283,12 @@ def test_a_server_url_that_is_none_names_its_variable(
     assert "coffer: COFFER_URL: say where" in capsys.readouterr().err
 
 
+def test_migrate_without_a_database_to_migrate(coffer: Coffer, database_url: str) -> None:
+    for url in (database_url + "_missing", "postgresql://nobody@127.0.0.1:1/x", database_url + "?sslmode=nonsense"):
+        done = coffer("migrate", DATABASE_URL=url)
+        assert (done.returncode, "Traceback" in done.stderr) == (Exit.UNAVAILABLE, False), done.stderr
+
+
 def test_migrate_says_when_there_is_nothing_to_do(coffer: Coffer, empty_database_url: str) -> None:
     first = coffer("migrate", DATABASE_URL=empty_database_url)
     assert first.stdout.splitlines()[0].startswith("0001_") and "current" not in first.stderr
