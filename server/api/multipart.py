@@ -24,9 +24,9 @@ class FileStart:
 
 @dataclass(slots=True)
 class FileData:
-    """The next bytes of the file part under way."""
+    """The next bytes of the file part under way: a view of the piece that was fed, which is not copied."""
 
-    data: bytes
+    data: memoryview
 
 
 @dataclass(slots=True)
@@ -135,7 +135,7 @@ class FormReader:
 
     def _part_data(self, data: bytes, start: int, end: int) -> None:
         if self._part.is_file:
-            self._events.append(FileData(data[start:end]))
+            self._events.append(FileData(memoryview(data)[start:end]))  # a slice would copy the file once more
             return
         self._field_bytes += end - start
         if len(self._part.value) + end - start > LONGEST_FIELD_BYTES or self._field_bytes > _LONGEST_FORM_FIELDS_BYTES:

@@ -140,16 +140,26 @@ class _Form:
 
     async def take(self, event: Event) -> None:
         match event:
+            case FileData(data):  # thousands of times per GiB
+                current = self._files[-1]
+                if isinstance(current, Upload):
+                    try:
+                        await current.write(data)
+                    except CofferError as refused:
+                        await self._give_up(current, refused)
             case Field(name, value):
                 joined = name in self._fields and name == "tags" and name not in self._from_query
                 self._from_query.discard(name)
                 self._fields[name] = f"{self._fields[name]},{value}" if joined else value
             case FileStart():
                 await self._start(event)
-            case FileData(data):
-                await self._guarded(lambda upload: upload.write(data))
             case FileEnd():
-                await self._guarded(Upload.pause)
+                current = self._files[-1]
+                if isinstance(current, Upload):
+                    try:
+                        await current.pause()
+                    except CofferError as refused:
+                        await self._give_up(current, refused)
 
     async def _start(self, part: FileStart) -> None:
         number = len(self._files)
@@ -166,16 +176,10 @@ class _Form:
         else:
             self._files.append(begun)
 
-    async def _guarded(self, step: Callable[[Upload], Awaitable[None]]) -> None:
-        """Does something with the current file, if it is well so far."""
-        current = self._files[-1]
-        if isinstance(current, Upload):
-            try:
-                await step(current)
-            except CofferError as refused:
-                await current.abort()
-                self._refuse(len(self._files) - 1, refused)
-                self._files[-1] = refused
+    async def _give_up(self, current: Upload, refused: CofferError) -> None:
+        await current.abort()
+        self._refuse(len(self._files) - 1, refused)
+        self._files[-1] = refused
 
     @staticmethod
     def _refuse(number: int, refused: CofferError) -> None:

@@ -85,10 +85,10 @@ class Upload:
         self._reserved_bytes: int | None = None
         self._promised_bytes = declared_bytes or 0
         self._volume.promised_bytes += self._promised_bytes
-        self._chunks: list[bytes] = []
+        self._chunks: list[bytes | memoryview] = []
         self._chunks_bytes = 0
         self._head = b""
-        self._recent: deque[bytes] = deque()  # the last chunks, at least TAIL_BYTES of them where there are as many
+        self._recent: deque[bytes | memoryview] = deque()  # the last chunks, at least TAIL_BYTES of them where there are as many
         self._recent_bytes = 0
         self._buffering = True
         self._file: IncomingFile | None = None
@@ -139,7 +139,7 @@ class Upload:
 
     # Receiving
 
-    async def write(self, chunk: bytes) -> None:
+    async def write(self, chunk: bytes | memoryview) -> None:
         """Takes the next bytes. Raises `FileTooLarge`, `QuotaExceeded`, `UnsupportedType`, `VolumeFull` and the like."""
         if not chunk:
             return
@@ -187,7 +187,7 @@ class Upload:
         await self._in_thread(self._append, chunks)
         self._keep_promise(min(self._promised_bytes, size_bytes))
 
-    def _append(self, chunks: list[bytes]) -> None:
+    def _append(self, chunks: list[bytes | memoryview]) -> None:
         self._incoming().append(chunks)
 
     def _incoming(self) -> IncomingFile:

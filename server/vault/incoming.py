@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from uuid import UUID
 
@@ -38,7 +39,7 @@ class IncomingFile:
         """The SHA-256 of the bytes appended so far."""
         return self._sha256.digest()
 
-    def append(self, chunks: list[bytes]) -> None:
+    def append(self, chunks: Sequence[bytes | memoryview]) -> None:
         """Writes and hashes. Raises `VolumeFull` when the volume's reserve or its end is reached, or as `Volume.writing`."""
         if self._volume.free_bytes() + self._volume.promised_bytes < 0:  # promised bytes are these: only the reserve counts
             raise VolumeFull
@@ -99,7 +100,7 @@ class IncomingFile:
             os.unlink(f"{INCOMING}/{self._name}", dir_fd=self._root.fd)
 
 
-def _write_all(fd: int, chunks: list[bytes]) -> None:
+def _write_all(fd: int, chunks: Sequence[bytes | memoryview]) -> None:
     """writev until everything is written: it may write less than asked."""
     views = [memoryview(chunk) for chunk in chunks if chunk]
     while views:
