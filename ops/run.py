@@ -4,6 +4,7 @@
     <data>/volume      the volume
     <data>/logs        server.log and worker.log (PostgreSQL's is postgres/log)
     <data>/api_key     a key with all scopes, made once; mode 0600
+    <data>/link_keys   what signs links, made once; mode 0600
     <data>/run.json    while everything runs: url, api_key, database_url, volume, pids; mode 0600
     <data>/lock        held by the process that runs everything; its number is inside
 
@@ -19,6 +20,7 @@ import fcntl
 import http.client
 import json
 import os
+import secrets
 import select
 import shlex
 import signal
@@ -121,7 +123,12 @@ def start(data: Path, port: int) -> NoReturn:
         children = _children(
             stack,
             data,
-            {"COFFER_DATABASE_URL": postgres.socket_url if postgres else database_url, "COFFER_HOST": host, "COFFER_PORT": str(port)},
+            {
+                "COFFER_DATABASE_URL": postgres.socket_url if postgres else database_url,
+                "COFFER_HOST": host,
+                "COFFER_PORT": str(port),
+                **_link_keys(data / "link_keys"),
+            },
         )
         reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared with, not bound to
         _wait_until_ready(signals, reachable, port, children)
@@ -245,6 +252,15 @@ async def _api_key(db: Database, path: Path) -> str:
         await create_api_key(db, key_id=key_id, name="make run", secret_sha256=secret_sha256, scopes=[str(scope) for scope in Scope])
         _say(f"made an API key with all scopes, kept in {path}")
     return text
+
+
+def _link_keys(path: Path) -> dict[str, str]:
+    """The setting of the keys that sign links, unless the environment has it: kept in `path`, so that links survive a restart."""
+    if read_with_sources(os.environ)["link_keys"][0]:
+        return {}
+    if not path.exists():
+        _write_privately(path, secrets.token_urlsafe(32) + "\n")
+    return {"COFFER_LINK_KEYS_FILE": str(path.resolve())}
 
 
 def _children(stack: contextlib.ExitStack, data: Path, settings: dict[str, str]) -> list[Child]:

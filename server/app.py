@@ -12,11 +12,11 @@ from server.api.front import Front
 from server.api.protocol import UploadProtocol
 from server.api.services import Services
 from server.auth import Authenticator
-from server.delivery import Delivery
+from server.delivery import Delivery, Links
 from server.intake import Housekeeping, Intake
 from server.ledger import Database
 from server.metrics import shared_by_processes
-from server.settings import Settings
+from server.settings import SettingError, Settings, variable
 from server.vault import Vault
 
 # Above the 60 s for which nginx keeps an idle connection to us, so that it is never we who hang up on a request just sent.
@@ -35,7 +35,11 @@ def create_app() -> Front:
 
 
 def assemble(settings: Settings) -> Front:
-    """The ASGI application with these settings. Opens nothing yet; start-up (ASGI lifespan) does."""
+    """The ASGI application with these settings. Opens nothing yet; start-up (ASGI lifespan) does.
+
+    Raises `SettingError` without a key to sign links with: a server must not run on one that anybody could guess.
+    """
+    _check_link_keys(settings)
     db = Database(settings)
     vault = Vault(settings.volume_reserve_bytes)
     services = Services(
@@ -44,15 +48,23 @@ def assemble(settings: Settings) -> Front:
         vault=vault,
         intake=Intake(settings, db, vault),
         delivery=Delivery(db, vault),
+        links=Links(settings.link_keys),
         authenticator=Authenticator(db, settings.api_key_cache_seconds),
     )
     return Front(services, application.build(services), lambda: _running(services))
 
 
+def _check_link_keys(settings: Settings) -> None:
+    if not settings.link_keys:
+        raise SettingError(f"{variable('link_keys')} is not set: links are signed with it. Make one with: openssl rand -base64 32")
+
+
 @asynccontextmanager
 async def _running(services: Services) -> AsyncIterator[None]:
     """Everything started; on leaving, stopped in reverse. Starts with the database down too, and is ready once it is back."""
-    housekeeping = Housekeeping(services.settings, services.db, services.vault, services.intake)
+    housekeeping = Housekeeping(
+        services.settings, services.db, services.vault, services.intake, also_watch=[services.delivery.refresh_link_epochs]
+    )
     await services.db.open()
     try:
         await housekeeping.start()
@@ -66,7 +78,11 @@ async def _running(services: Services) -> AsyncIterator[None]:
 
 
 def serve(settings: Settings) -> None:
-    """Serves until SIGTERM or SIGINT. The processes read their settings from the environment, as `create_app` does."""
+    """Serves until SIGTERM or SIGINT. The processes read their settings from the environment, as `create_app` does.
+
+    Raises `SettingError` as `assemble`, before anything is opened.
+    """
+    _check_link_keys(settings)
     logs.configure(settings.log_level)
     with shared_by_processes() if settings.processes > 1 else nullcontext():
         uvicorn.run(

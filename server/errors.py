@@ -45,6 +45,30 @@ class Forbidden(CofferError):
     needed_scope: str
 
 
+@dataclass(slots=True, eq=False)
+class LinkInvalid(CofferError):
+    """A link that we have not signed as it stands, or whose key is gone. What was changed is not told."""
+
+    code = "link_invalid"
+    title = "This link is not valid."
+
+
+@dataclass(slots=True, eq=False)
+class LinkExpired(CofferError):
+    """A link that was ours and is past its end."""
+
+    code = "link_expired"
+    title = "This link has expired."
+
+
+@dataclass(slots=True, eq=False)
+class LinkUsed(CofferError):
+    """An upload link that has brought its file, or is bringing one now. One whose upload fails may be used again until it expires."""
+
+    code = "link_used"
+    title = "This link has been used."
+
+
 # What is asked
 
 

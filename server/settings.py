@@ -18,6 +18,9 @@ KIB, MIB, GIB = 2**10, 2**20, 2**30
 _HOST_AND_PORT = re.compile(r"(?:\[[^\]]*\]|[^\s:@]*)(?::([0-9]*))?")
 
 
+_SHORTEST_LINK_KEY = 32
+
+
 class SettingError(ValueError):
     """A setting is missing or cannot be understood. The message names the variable and the remedy."""
 
@@ -60,6 +63,25 @@ def _database_url(text: str) -> str:
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(word for word in text.replace(",", " ").split())
+
+
+def _link_keys(text: str) -> tuple[str, ...]:
+    keys = tuple(text.replace(",", " ").split())
+    if any(len(key) < _SHORTEST_LINK_KEY for key in keys):
+        raise ValueError(f"each key needs at least {_SHORTEST_LINK_KEY} characters, e.g. from: openssl rand -base64 32")
+    return keys
+
+
+def _base_url(text: str) -> str:
+    if text and not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", text):
+        raise ValueError("say https://host, without query")
+    return text.rstrip("/")
+
+
+def _link_cache(text: str) -> str:
+    if text not in ("private", "public"):
+        raise ValueError("say private or public")
+    return text
 
 
 def setting(
@@ -131,6 +153,29 @@ class Settings:
         "How long a server process trusts an API key it has just checked: the longest a revoked key still works.",
         read=_whole,
         at_least=0,
+    )
+    link_keys: tuple[str, ...] = setting(
+        (),
+        "Secrets that sign links, at least 32 characters each, separated by spaces or lines. The first signs, all verify: to change it, "
+        "put a new one first, and drop the old one when its links have ended. Required to serve.",
+        read=_link_keys,
+        secret=True,
+    )
+    public_url: str = setting(
+        "",
+        "Where browsers reach this server, e.g. https://media.example.com: links start with it. Empty: links start with /.",
+        read=_base_url,
+    )
+    link_ttl_seconds: int = setting(3_600, "Life of a link for which none is asked.", read=_whole, at_least=1)
+    link_max_ttl_seconds: int = setting(7 * 86_400, "Longest life of a link that may be asked for.", read=_whole, at_least=1)
+    link_window_seconds: int = setting(
+        300, "Who asks for the same link within such a window gets the same one; it lives up to this much longer.", read=_whole, at_least=1
+    )
+    link_cache: str = setting(
+        "private", "Who may cache what a link gives, for its life: `private` (browsers) or `public` (CDNs too).", read=_link_cache
+    )
+    public_max_age_seconds: int = setting(
+        300, "How long browsers and CDNs may keep a public file: the longest it is seen after that was ended.", read=_whole, at_least=0
     )
     schema_documentation: bool = setting(True, "Serve the OpenAPI description and its page at /schema.", read=_boolean)
 

@@ -439,6 +439,8 @@ CREATE TABLE public.uploads (
     idempotency_key character varying(255),
     expires_at timestamp with time zone NOT NULL,
     created_at timestamp with time zone DEFAULT now() NOT NULL,
+    link jsonb,
+    claimed_until timestamp with time zone,
     CONSTRAINT uploads_reserved_bytes_not_negative CHECK ((reserved_bytes >= 0))
 );
 
@@ -501,6 +503,7 @@ CREATE TABLE public.user_files (
     created_at timestamp with time zone DEFAULT now() NOT NULL,
     updated_at timestamp with time zone DEFAULT now() NOT NULL,
     name_key text GENERATED ALWAYS AS ("left"(lower((file_name)::text), 100)) STORED NOT NULL COLLATE pg_catalog."C",
+    public_id text,
     CONSTRAINT user_files_duration_seconds_not_negative CHECK ((duration_seconds >= (0)::double precision)),
     CONSTRAINT user_files_file_name_not_empty CHECK (((file_name)::text <> ''::text)),
     CONSTRAINT user_files_file_size_not_negative CHECK ((file_size >= 0)),
@@ -510,6 +513,7 @@ CREATE TABLE public.user_files (
     CONSTRAINT user_files_metadata_is_object CHECK ((jsonb_typeof(metadata) = 'object'::text)),
     CONSTRAINT user_files_mime_type_plain CHECK (((mime_type)::text ~ '^[a-z0-9.+-]+/[a-z0-9.+_-]+$'::text)),
     CONSTRAINT user_files_path_names_the_row CHECK ((POSITION(((((('/'::text || id) || '.'::text) || generation) || '.'::text)) IN (file_path)) > 0)),
+    CONSTRAINT user_files_public_id_is_random CHECK ((public_id ~ '^[A-Za-z0-9_-]{22}$'::text)),
     CONSTRAINT user_files_sha256_is_32_bytes CHECK ((octet_length(sha256) = 32)),
     CONSTRAINT user_files_width_positive CHECK ((width > 0))
 );
@@ -527,8 +531,10 @@ CREATE TABLE public.user_storage (
     erasing_at timestamp with time zone,
     created_at timestamp with time zone DEFAULT now() NOT NULL,
     updated_at timestamp with time zone DEFAULT now() NOT NULL,
+    link_epoch integer DEFAULT 0 NOT NULL,
     CONSTRAINT user_storage_credit_bytes_not_negative CHECK ((credit_bytes >= 0)),
     CONSTRAINT user_storage_file_count_not_negative CHECK ((file_count >= 0)),
+    CONSTRAINT user_storage_link_epoch_not_negative CHECK ((link_epoch >= 0)),
     CONSTRAINT user_storage_max_bytes_not_negative CHECK ((max_bytes >= 0)),
     CONSTRAINT user_storage_reserved_bytes_not_negative CHECK ((reserved_bytes >= 0)),
     CONSTRAINT user_storage_total_bytes_not_negative CHECK ((total_bytes >= 0)),
@@ -633,6 +639,8 @@ CREATE INDEX user_files_package_name ON public.user_files USING btree (((((user_
 
 CREATE INDEX user_files_package_size ON public.user_files USING btree (((((user_id)::text || ''::text) || (package_name)::text)), file_size, id) WHERE (package_name IS NOT NULL);
 
+CREATE UNIQUE INDEX user_files_public_id ON public.user_files USING btree (public_id) WHERE (public_id IS NOT NULL);
+
 CREATE INDEX user_files_size ON public.user_files USING btree (user_id, file_size, id);
 
 CREATE INDEX user_files_type_created ON public.user_files USING btree ((((((file_type || ':'::text) || (mime_type)::text) || ':'::text) || (user_id)::text)), upload_date, id);
@@ -642,6 +650,8 @@ CREATE INDEX user_files_type_name ON public.user_files USING btree ((((((file_ty
 CREATE INDEX user_files_type_size ON public.user_files USING btree ((((((file_type || ':'::text) || (mime_type)::text) || ':'::text) || (user_id)::text)), file_size, id);
 
 CREATE INDEX user_storage_erasing ON public.user_storage USING btree (user_id) WHERE (erasing_at IS NOT NULL);
+
+CREATE INDEX user_storage_link_epoch ON public.user_storage USING btree (user_id) WHERE (link_epoch > 0);
 
 CREATE TRIGGER quota_deleted AFTER DELETE ON public.uploads REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.uploads_deleted_v1();
 

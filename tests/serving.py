@@ -26,6 +26,7 @@ READY_SECONDS = 10
 ALL_SCOPES = [scope.value for scope in Scope]
 
 DEFAULTS = {
+    "COFFER_LINK_KEYS": "a key that signs the links of tests".replace(" ", "-"),
     "COFFER_MAX_FILE_BYTES": str(6 * 2**20),
     "COFFER_RESERVATION_LEASE_SECONDS": "5",
     "COFFER_VOLUME_RESERVE_BYTES": str(2**20),

@@ -9,7 +9,7 @@ from uuid import UUID
 from server.api.door import admit
 from server.api.services import Services
 from server.auth import Scope
-from server.delivery import Body, Delivery
+from server.delivery import Answer, Body, Delivery
 from server.delivery.headers import Disposition
 from server.errors import InvalidRequest
 
@@ -28,13 +28,18 @@ async def download(services: Services, file_id: UUID, scope: MutableMapping[str,
     principal = await admit(services, scope, Scope.FILES_READ)
     disposition = _disposition(scope["query_string"])
     answer = await services.delivery.open(principal.owner, file_id, scope["method"], joined_headers(scope), disposition)
+    await send_answer(services.delivery, answer, receive, send)
+
+
+async def send_answer(delivery: Delivery, answer: Answer, receive: Receive, send: Send) -> None:
+    """Sends an answer and closes it. Raises as `download` when the bytes run out."""
     try:
         headers = [(name.encode("ascii"), value.encode("ascii")) for name, value in answer.headers]
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
         if answer.body is None:
             await send({"type": "http.response.body", "body": b""})
         else:
-            await _send_bytes(services.delivery, answer.body, receive, send)
+            await _send_bytes(delivery, answer.body, receive, send)
     finally:
         if answer.body is not None:
             answer.body.close()

@@ -13,9 +13,10 @@ from msgspec import UNSET, Meta, UnsetType
 from server import fields, ledger
 from server.api.door import needs, principal_of, services_of
 from server.api.reading import DEFAULT_PAGE, known_query_only, page_size
+from server.api.signing import LinkAnswer, Linker
 from server.auth import Scope
 from server.delivery.conditions import evaluate_if_match
-from server.errors import InvalidRequest, NotFound, PreconditionFailed
+from server.errors import Forbidden, InvalidRequest, NotFound, PreconditionFailed
 from server.ledger import File, FileQuery
 
 MOST_DELETED_AT_ONCE = 1_000
@@ -29,7 +30,10 @@ Http = Request[Any, Any, Any]
 
 
 class FileAnswer(msgspec.Struct, kw_only=True):
-    """A file as clients see it. Where its bytes lie is nobody's business. `etag` is as in the download's header."""
+    """A file as clients see it. Where its bytes lie is nobody's business.
+
+    `etag` is as in the download's header. `link` is there in lists with `links=1`.
+    """
 
     id: UUID
     user_id: str
@@ -47,10 +51,12 @@ class FileAnswer(msgspec.Struct, kw_only=True):
     package_name: str | None
     tags: list[str]
     is_favorite: bool
+    is_public: bool
     metadata: dict[str, Any]
     upload_date: datetime
     created_at: datetime
     updated_at: datetime
+    link: LinkAnswer | UnsetType = UNSET
 
 
 class FileList(msgspec.Struct):
@@ -119,6 +125,7 @@ def file_json(file: File) -> FileAnswer:
         package_name=file.package_name,
         tags=file.tags,
         is_favorite=file.is_favorite,
+        is_public=file.public_id is not None,
         metadata=file.metadata,
         upload_date=file.upload_date,
         created_at=file.created_at,
@@ -145,9 +152,12 @@ async def list_files(
     sort: Annotated[Sort | None, Parameter(description="A leading minus sorts downward. Newest first when left out.")] = None,
     limit: Annotated[int | None, Parameter(ge=1, description=f"Files on the page; {DEFAULT_PAGE} when left out.")] = None,
     cursor: Annotated[str | None, Parameter(description="`next_cursor` of the page before, with the same filters and sort.")] = None,
+    links: Annotated[bool, Parameter(description="With 1, a signed link with each file. Needs the scope links:write too.")] = False,
 ) -> FileList:
     """The user's files, page by page. A combination of filter and sort that no index serves is refused, never slow."""
     services = services_of(request)
+    if links and Scope.LINKS_WRITE not in principal_of(request).scopes:
+        raise Forbidden(Scope.LINKS_WRITE)
     if name is not None and not _SEARCHABLE.search(name):
         raise InvalidRequest("name", "must hold a letter or a digit to look for")
     wanted = sort or ("-created" if name is None else "name")
@@ -169,7 +179,12 @@ async def list_files(
             cursor=cursor,
         ),
     )
-    return FileList([file_json(file) for file in page.files], page.next_cursor)
+    answers = [file_json(file) for file in page.files]
+    if links and answers:
+        linker = await Linker.of(services, principal_of(request).owner, None)
+        for answer, file in zip(answers, page.files, strict=True):
+            answer.link = linker.link(file)
+    return FileList(answers, page.next_cursor)
 
 
 @get("/{file_id:uuid}", guards=[needs(Scope.FILES_READ)])
@@ -206,7 +221,7 @@ async def delete_file(request: Http, file_id: UUID) -> None:
 @post("/delete", guards=[needs(Scope.FILES_WRITE)], status_code=200)
 async def delete_files(request: Http, data: FileIds) -> DeleteResults:
     """Deletes up to 1,000 files, with an answer for each."""
-    ids = {text: file_id for text in data.ids if (file_id := _id_of(text)) is not None}
+    ids = {text: file_id for text in data.ids if (file_id := id_of(text)) is not None}
     deleted = await services_of(request).intake.delete(principal_of(request).owner, list(dict.fromkeys(ids.values())))
     return DeleteResults([DeleteResult(each, "deleted" if ids.get(each) in deleted else "not_found") for each in data.ids])
 
@@ -235,7 +250,8 @@ async def copy_file(request: Http, file_id: UUID) -> Response[FileAnswer]:
 _SORTS: dict[str, Literal["created", "name", "size"]] = {"created": "created", "name": "name", "size": "size"}
 
 
-def _id_of(text: str) -> UUID | None:
+def id_of(text: str) -> UUID | None:
+    """A file's id as clients write it, or None."""
     try:
         return UUID(text) if len(text) == _UUID_CHARACTERS else None
     except ValueError:

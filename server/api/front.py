@@ -1,4 +1,4 @@
-"""The outermost layer: every request passes here, and the three byte routes go no further.
+"""The outermost layer: every request passes here, and the byte routes go no further.
 
 It gives each request its id, counts and logs it, and answers with problem+json whatever a handler raises before it has
 begun to answer. Written against bare ASGI, because at a thousand small uploads a second a framework's own time per request
@@ -19,9 +19,10 @@ from uuid_utils import uuid7
 
 from server import logs
 from server.api.download import download
+from server.api.linked import download_by_link, download_public
 from server.api.problems import HttpRefusal, Problem
 from server.api.services import Services
-from server.api.upload import replace, upload
+from server.api.upload import replace, upload, upload_by_link
 from server.errors import NotFound
 
 Message = MutableMapping[str, Any]
@@ -93,7 +94,7 @@ class Front:
                     request_id=exchange.request_id,
                     method=method,
                     route=route or "unmatched",
-                    path=scope["path"] if route else None,
+                    path=scope["path"] if route and not exchange.path_is_secret else None,
                     status=status,
                     duration_ms=round(seconds * 1000, 2),
                     bytes_in=exchange.bytes_in,
@@ -128,11 +129,22 @@ class Front:
             if byte_route is not None:
                 await self._serve_bytes(exchange, byte_route, file_id)
                 return
+        elif (link_route := _LINK_ROUTES.get(path[:3])) is not None:
+            await self._serve_link(exchange, link_route)
+            return
         elif path.startswith(_USERS):
             # A user id may hold slashes and percent signs: keep its segment as it was sent, for `users.py` to decode once.
             raw: bytes = scope.get("raw_path") or quote(path).encode("ascii")
             scope["path"] = raw.decode("latin-1")
         await self._json_app(scope, exchange.receive, exchange.send)
+
+    async def _serve_link(self, exchange: "_Exchange", route: "_ByteRoute") -> None:
+        exchange.route, exchange.path_is_secret = route.template, True
+        scope = exchange.scope
+        if scope["method"] not in route.methods:
+            raise HttpRefusal(405, {"allow": ", ".join(route.methods)})
+        raw: bytes = scope.get("raw_path") or quote(scope["path"]).encode("ascii")
+        await route.handler(self._services, raw[3:].decode("latin-1"), scope, exchange.receive, exchange.send)
 
     async def _serve_bytes(self, exchange: "_Exchange", byte_route: "_ByteRoute", file_id: str) -> None:
         exchange.route = byte_route.template
@@ -164,6 +176,13 @@ _BYTE_ROUTES = {
     (True, "download"): _ByteRoute("/api/files/{file_id}/download", ("GET", "HEAD"), download),
 }
 
+# By the first three characters of the path. What follows them is the link, as it was sent.
+_LINK_ROUTES = {
+    "/f/": _ByteRoute("/f/{token}/{name}", ("GET", "HEAD"), download_by_link),
+    "/p/": _ByteRoute("/p/{public_id}", ("GET", "HEAD"), download_public),
+    "/u/": _ByteRoute("/u/{token}", ("PUT",), upload_by_link),
+}
+
 
 class _Exchange:
     """One request and its answer, watched on their way through."""
@@ -176,6 +195,7 @@ class _Exchange:
         "bytes_out",
         "client_gone",
         "complete",
+        "path_is_secret",
         "request_id",
         "route",
         "scope",
@@ -191,6 +211,7 @@ class _Exchange:
         self.bytes_out = 0
         self.client_gone = False
         self.complete = False
+        self.path_is_secret = False  # a link's: whoever reads the log must not be able to use it
         self._raw_receive = receive
         self._raw_send = send
         self.request_id = _request_id(scope)

@@ -23,10 +23,10 @@ Json = dict[str, Any]
 Handler = HTTPRouteHandler | Router
 
 _METHODS = ("get", "head", "post", "put", "patch", "delete")
-_ACTS_FOR_A_USER = ("/api/files", "/api/storage")
-_OPEN = ("/health",)
+_ACTS_FOR_A_USER = ("/api/files", "/api/links", "/api/storage", "/api/uploads")
+_OPEN = ("/health", "/f/", "/p/", "/u/")
 # Request bodies that refuse unknown fields, which Litestar does not tell.
-_CLOSED = ("FileChanges", "FavoriteChange", "TagsChange", "FileIds", "QuotaChange")
+_CLOSED = ("FileChanges", "FavoriteChange", "TagsChange", "FileIds", "QuotaChange", "LinkWish", "LinksWish", "PublicWish", "UploadLinkWish")
 
 _ABOUT = """Coffer stores media files for users, each within a quota.
 
@@ -73,7 +73,8 @@ def describe(described: list[Handler]) -> Json:
     components["schemas"] = dict(sorted({**components.get("schemas", {}), "Problem": _PROBLEM, "UploadResults": _UPLOAD_RESULTS}.items()))
     for name in _CLOSED:
         components["schemas"][name]["additionalProperties"] = False
-    description["paths"]["/api/files/{file_id}/favorite"]["post"]["requestBody"]["required"] = False
+    for path in ("/api/files/{file_id}/favorite", "/api/files/{file_id}/link"):
+        description["paths"][path]["post"]["requestBody"]["required"] = False
     for path, operations in _BYTE_ROUTES.items():
         description["paths"].setdefault(path, {}).update(operations)
     for path, _, operation in _operations(description):
@@ -271,6 +272,45 @@ def _download(method: str, description: str) -> Json:
     }
 
 
+def _segment(name: str, description: str) -> Json:
+    return {"name": name, "in": "path", "required": True, "schema": {"type": "string"}, "description": description}
+
+
+_TOKEN = _segment("token", "As it stands in the link.")
+
+
+def _linked(method: str, description: str, *segments: Json) -> Json:
+    download = _download(method, description)
+    name = "Public" if len(segments) == 1 else "Linked"
+    name += "" if method == "get" else "Head"
+    conditions = [each for each in download["parameters"] if each["in"] == "header"]
+    refusals = {} if len(segments) == 1 else {"403": {"$ref": "#/components/responses/Problem"}}
+    return {
+        **download,
+        "operationId": name,
+        "summary": name,
+        "parameters": [*segments, *conditions],
+        "responses": {**download["responses"], **refusals},
+    }
+
+
+_LINKED = (_TOKEN, _segment("name", "As it stands in the link."))
+_PUBLIC = (_segment("public_id", "As it stands in the public URL."),)
+
+_UPLOAD_BY_LINK: Json = {
+    "tags": ["Bytes"],
+    "operationId": "UploadByLink",
+    "summary": "UploadByLink",
+    "description": "Stores the raw body as the one file of an upload link. What fails leaves the link to be tried again until it expires.",
+    "parameters": [
+        _TOKEN,
+        _query("name", {"type": "string", "minLength": 1, "maxLength": NAME_CHARACTERS}, "The file's name, unless the link has one."),
+        *_DIGESTS,
+    ],
+    "requestBody": {"required": True, "content": {"application/octet-stream": {"schema": _BINARY}}},
+    "responses": {"201": _answer("Stored.", _ref("FileAnswer")), "403": {"$ref": "#/components/responses/Problem"}},
+}
+
 _BYTE_ROUTES: dict[str, Json] = {
     "/api/files/upload": {"post": _UPLOAD},
     "/api/files/{file_id}/content": {"put": _REPLACE},
@@ -278,6 +318,15 @@ _BYTE_ROUTES: dict[str, Json] = {
         "get": _download("get", "The file's bytes."),
         "head": _download("head", "What a download would answer, without the bytes."),
     },
+    "/f/{token}/{name}": {
+        "get": _linked("get", "The bytes of a signed link.", *_LINKED),
+        "head": _linked("head", "What the link would answer, without the bytes.", *_LINKED),
+    },
+    "/p/{public_id}": {
+        "get": _linked("get", "The bytes of a public file.", *_PUBLIC),
+        "head": _linked("head", "What the public URL would answer, without the bytes.", *_PUBLIC),
+    },
+    "/u/{token}": {"put": _UPLOAD_BY_LINK},
 }
 
 # The page has no scripts and loads nothing, and says so to the browser.

@@ -19,6 +19,9 @@ MEDIA_TYPE = "application/problem+json"
 STATUS: dict[type[CofferError], int] = {
     errors.Unauthenticated: 401,
     errors.Forbidden: 403,
+    errors.LinkInvalid: 403,
+    errors.LinkExpired: 403,
+    errors.LinkUsed: 409,
     errors.InvalidRequest: 400,
     errors.NotFound: 404,
     errors.PreconditionFailed: 412,

@@ -32,7 +32,7 @@ class StrictRequest(Request[Any, Any, Any]):
 async def known_query_only(request: Request[Any, Any, Any]) -> None:
     """Refuses a query parameter that the route does not have, and one that is sent twice: two readers could pick different ones.
 
-    A `before_request` hook, so it runs once the guards have let the request in. Only for routes without path parameters.
+    A `before_request` hook, so it runs once the guards have let the request in.
     """
     try:
         query = request.scope["query_string"].decode("ascii")
@@ -43,7 +43,7 @@ async def known_query_only(request: Request[Any, Any, Any]) -> None:
     known = [each.kwarg_definition.query or each.name for each in parameters if isinstance(each.kwarg_definition, ParameterKwarg)]
     for name in given:
         if name not in known:
-            raise InvalidRequest(name[:_ECHOED_CHARACTERS], f"is not a parameter of this list, which has {', '.join(known)}")
+            raise InvalidRequest(name[:_ECHOED_CHARACTERS], f"is not a parameter here, where there are {', '.join(known)}")
         if given.count(name) > 1:
             raise InvalidRequest(name, "may be given once only")
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from server.auth import Authenticator
-from server.delivery import Delivery
+from server.delivery import Delivery, Links
 from server.intake import Intake
 from server.ledger import Database
 from server.metrics import Metrics
@@ -20,5 +20,6 @@ class Services:
     vault: Vault
     intake: Intake
     delivery: Delivery
+    links: Links
     authenticator: Authenticator
     metrics: Metrics = field(default_factory=Metrics)

@@ -75,6 +75,35 @@ async def replace(services: Services, file_id: UUID, scope: ASGIScope, receive: 
     await _answer(send, 200, file)
 
 
+async def upload_by_link(services: Services, token: str, scope: ASGIScope, receive: Receive, send: Send) -> None:
+    """Takes the one upload of an upload link, from a browser that has no other credentials.
+
+    The link's own name wins over `?name=`. Raises `LinkInvalid`, `LinkExpired` and `LinkUsed` before a byte of the body is read. An
+    upload that fails leaves the link to be tried again.
+    """
+    upload_id = services.links.verify_upload(token)
+    texts = _query(scope)
+    if unknown := texts.keys() - {"name"}:
+        raise InvalidRequest(min(unknown), "is not taken from whoever uploads by a link")
+    name = clean_name(texts["name"]) if "name" in texts else None
+    begun, link = await services.intake.begin_linked(upload_id, declared_bytes=_content_length(scope), expected=_digests(scope))
+    try:
+        async for chunk in _body(receive):
+            await begun.write(chunk)
+        file = await begun.finish(
+            Details(
+                file_name=link.file_name or name,
+                kind=link.kind,
+                package_name=link.package_name,
+                tags=link.tags,
+                metadata=link.metadata,
+            )
+        )
+    finally:
+        await begun.abort()
+    await _answer(send, 201, file)
+
+
 async def _upload_raw(services: Services, user_id: str, key: str | None, scope: ASGIScope, receive: Receive, send: Send) -> None:
     texts = _query(scope)
     details = _details(texts, texts.get("name"))

@@ -11,6 +11,7 @@ class Scope(StrEnum):
 
     FILES_READ = "files:read"
     FILES_WRITE = "files:write"
+    LINKS_WRITE = "links:write"
     ADMIN = "admin"
 
 

@@ -3,6 +3,7 @@
 `ranges.py`, `conditions.py` and `headers.py` are plain functions of header values, the same for every door.
 """
 
+from server.delivery.links import Links
 from server.delivery.service import Answer, Body, Delivery
 
-__all__ = ["Answer", "Body", "Delivery"]
+__all__ = ["Answer", "Body", "Delivery", "Links"]

@@ -3,15 +3,30 @@
 import base64
 import re
 from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import format_datetime
-from typing import Literal
+from typing import Literal, Protocol
 from urllib.parse import quote
 
 from server.kinds import KNOWN
-from server.ledger.models import File
 
 Disposition = Literal["inline", "attachment"]
+
+
+class Described(Protocol):
+    """What the headers of a file's bytes are made of: a row of the ledger, or what a link says of it."""
+
+    @property
+    def file_name(self) -> str: ...
+    @property
+    def mime_type(self) -> str: ...
+    @property
+    def sha256(self) -> bytes: ...
+    @property
+    def content_changed_at(self) -> datetime: ...
+
 
 # Bytes that users uploaded are shown, never run: no scripts, no forms, no frames, an origin of their own. Images, media and
 # the browser's own style for showing them remain, so that a picture or a video opened in a tab is still seen.
@@ -33,6 +48,19 @@ _EXTENSION = re.compile(r"(?<=.)\.[^.]{1,16}\Z", re.DOTALL)
 _NOT_PLAIN = re.compile(r"[^ !#$&'()+,\-.0-9;=@A-Z\[\]^_`a-z{}~]")
 
 
+@dataclass(frozen=True, slots=True)
+class Presentation:
+    """How an answer presents a file's bytes. The defaults are the owner's; `name` None is the file's own."""
+
+    disposition: Disposition | None = None
+    name: str | None = None
+    cache_control: str = OWNER_CACHE_CONTROL
+    resource_policy: Literal["same-origin", "cross-origin"] = "same-origin"
+
+
+_OWNERS = Presentation()
+
+
 def etag(sha256: bytes) -> str:
     """The strong ETag of bytes with this digest, quotes included."""
     return f'"{sha256.hex()}"'
@@ -49,14 +77,7 @@ def content_disposition(disposition: Disposition, name: str) -> str:
     The plain one has `_` for whatever an old browser could misread: quotes, backslashes, slashes, percent signs, control
     and non-ASCII characters. At most `MOST_DISPOSITION_BYTES`: a longer name loses characters before its extension, in both forms.
     """
-    value = _named(disposition, name)
-    if len(value) > MOST_DISPOSITION_BYTES:
-        found = _EXTENSION.search(name)
-        extension = found[0] if found else ""
-        shorter = [name[:kept] + extension for kept in range(len(name) - len(extension))]
-        fitting = bisect_right(shorter, MOST_DISPOSITION_BYTES, key=lambda each: len(_named(disposition, each)))
-        return _named(disposition, shorter[fitting - 1])
-    return value
+    return _named(disposition, fitting_name(name, MOST_DISPOSITION_BYTES, lambda each: _named(disposition, each)))
 
 
 def _named(disposition: Disposition, name: str) -> str:
@@ -68,6 +89,17 @@ def _named(disposition: Disposition, name: str) -> str:
     return f"{value}; filename*=UTF-8''{exact}"
 
 
+def fitting_name(name: str, most_bytes: int, written: Callable[[str], str]) -> str:
+    """As much of a name as takes at most `most_bytes` when `written` (ASCII), cut before its extension."""
+    if len(written(name)) <= most_bytes:
+        return name
+    found = _EXTENSION.search(name)
+    extension = found[0] if found else ""
+    shorter = [name[:kept] + extension for kept in range(len(name) - len(extension))]
+    fitting = bisect_right(shorter, most_bytes, key=lambda each: len(written(each)))
+    return shorter[fitting - 1]
+
+
 def disposition_of(mime_type: str, wanted: Disposition | None) -> Disposition:
     """How a browser is told to treat bytes of this type. `inline` counts only for what it shows without running it.
 
@@ -77,36 +109,25 @@ def disposition_of(mime_type: str, wanted: Disposition | None) -> Disposition:
     return (wanted or "inline") if mime_type in _SHOWN_BY_BROWSERS else "attachment"
 
 
-def representation_headers(
-    file: File,
-    disposition: Disposition | None,
-    *,
-    cache_control: str = OWNER_CACHE_CONTROL,
-    resource_policy: Literal["same-origin", "cross-origin"] = "same-origin",
-) -> list[tuple[str, str]]:
+def representation_headers(file: Described, how: Presentation = _OWNERS) -> list[tuple[str, str]]:
     """The headers of a 200 or 206 answer except those of its length. Names are lower-case."""
     return [
         # Rows that Coffer wrote hold plain types; one written by hand must not be able to split the header.
         ("content-type", file.mime_type if _MIME_TYPE.fullmatch(file.mime_type) else "application/octet-stream"),
-        ("content-disposition", content_disposition(disposition_of(file.mime_type, disposition), file.file_name)),
+        ("content-disposition", content_disposition(disposition_of(file.mime_type, how.disposition), how.name or file.file_name)),
         ("accept-ranges", "bytes"),
         ("repr-digest", f"sha-256=:{base64.b64encode(file.sha256).decode('ascii')}:"),
-        *validator_headers(file, cache_control=cache_control, resource_policy=resource_policy),
+        *validator_headers(file, how),
     ]
 
 
-def validator_headers(
-    file: File,
-    *,
-    cache_control: str = OWNER_CACHE_CONTROL,
-    resource_policy: Literal["same-origin", "cross-origin"] = "same-origin",
-) -> list[tuple[str, str]]:
+def validator_headers(file: Described, how: Presentation = _OWNERS) -> list[tuple[str, str]]:
     """The headers of a 304 answer, a part of those of a 200."""
     return [
         ("etag", etag(file.sha256)),
         ("last-modified", last_modified(file.content_changed_at)),
-        ("cache-control", cache_control),
+        ("cache-control", how.cache_control),
         ("x-content-type-options", "nosniff"),
         ("content-security-policy", CONTENT_SECURITY_POLICY),
-        ("cross-origin-resource-policy", resource_policy),
+        ("cross-origin-resource-policy", how.resource_policy),
     ]

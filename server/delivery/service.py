@@ -2,18 +2,24 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from uuid import UUID
 
+import msgspec
+
 from server import ledger
 from server.delivery.conditions import Outcome, evaluate, range_applies
-from server.delivery.headers import Disposition, representation_headers, validator_headers
+from server.delivery.headers import Disposition, Presentation, representation_headers, validator_headers
+from server.delivery.links import LinkedFile
 from server.delivery.ranges import ByteRange, requested_range
-from server.errors import Damaged, VolumeUnavailable
+from server.errors import Damaged, DatabaseUnavailable, NotFound, VolumeUnavailable
 from server.ledger import Database, File
 from server.vault import Vault
+from server.vault.layout import user_directory
 from server.vault.volume import Handle, Volume
+
+Stored = File | LinkedFile
 
 log = logging.getLogger("coffer.delivery")
 
@@ -56,6 +62,7 @@ class Delivery:
     """Answers requests for stored bytes. Knows no HTTP server; lives in one event loop."""
 
     def __init__(self, db: Database, vault: Vault) -> None:
+        self.link_epochs: dict[str, int] = {}  # by user directory, as last heard from the database
         self._db = db
         self._vault = vault
 
@@ -67,25 +74,58 @@ class Delivery:
         Raises `NotFound`, `PreconditionFailed`, `RangeNotSatisfiable`, `Damaged` when the row's file is missing or has
         another length, `VolumeUnavailable` and `DatabaseUnavailable`.
         """
-        file = await ledger.get_file(self._db, user_id, file_id)
+        how = Presentation(disposition)
+        return await self._open(lambda: ledger.get_file(self._db, user_id, file_id), method, headers, how)
+
+    async def open_linked(self, link: LinkedFile, method: str, headers: Mapping[str, str], cache_control: str) -> Answer:
+        """The answer to the holder of a signed link. Never other bytes than those that the link was made for.
+
+        While the database is away the link itself says what the row would, so links are served all the same; a file that is
+        gone from the disk or whose user has revoked links is `NotFound` then too. Raises as `open`.
+        """
+        how = Presentation(link.disposition, link.file_name, cache_control, "cross-origin")
         try:
-            return await self._answer(file, method, headers, disposition)
+            return await self._open(
+                lambda: ledger.get_linked_file(self._db, link.id, link.generation, link.link_epoch), method, headers, how
+            )
+        except DatabaseUnavailable:
+            volume_id = next((volume.id for volume in self._vault.volumes if volume.id.bytes[:4] == link.volume_prefix), None)
+            if volume_id is None or link.link_epoch < self.link_epochs.get(link.user_directory, 0):
+                raise
+            try:
+                return await self._answer(msgspec.structs.replace(link, volume_id=volume_id), method, headers, how)
+            except FileNotFoundError as problem:
+                raise NotFound from problem
+
+    async def open_public(self, public_id: str, method: str, headers: Mapping[str, str], cache_control: str) -> Answer:
+        """The answer to whoever knows a public file's URL. Raises as `open`."""
+        how = Presentation(None, None, cache_control, "cross-origin")
+        return await self._open(lambda: ledger.get_public_file(self._db, public_id), method, headers, how)
+
+    async def refresh_link_epochs(self) -> None:
+        """Remembers whose links have been revoked, for when the database cannot be asked. Called by housekeeping."""
+        self.link_epochs = {user_directory(user_id): epoch for user_id, epoch in (await ledger.link_epochs(self._db)).items()}
+
+    async def _open(self, find: Callable[[], Awaitable[File]], method: str, headers: Mapping[str, str], how: Presentation) -> Answer:
+        file = await find()
+        try:
+            return await self._answer(file, method, headers, how)
         except FileNotFoundError:
             # Replaced or deleted between the look at the row and the look at the disk: then the row says so by now.
-            again = await ledger.get_file(self._db, user_id, file_id)
+            again = await find()
         try:
             if (again.volume_id, again.file_path) != (file.volume_id, file.file_path):
-                return await self._answer(again, method, headers, disposition)
+                return await self._answer(again, method, headers, how)
         except FileNotFoundError:
             pass
         log.error(
-            "a stored file is missing", extra={"file_id": str(file_id), "volume_id": str(again.volume_id), "file_path": again.file_path}
+            "a stored file is missing", extra={"file_id": str(file.id), "volume_id": str(again.volume_id), "file_path": again.file_path}
         )
         raise Damaged
 
-    async def _answer(self, file: File, method: str, headers: Mapping[str, str], disposition: Disposition | None) -> Answer:
+    async def _answer(self, file: Stored, method: str, headers: Mapping[str, str], how: Presentation) -> Answer:
         if evaluate(method, headers, file.sha256, file.content_changed_at) is Outcome.NOT_MODIFIED:
-            return Answer(304, validator_headers(file), None)
+            return Answer(304, validator_headers(file, how), None)
         part = self._part(file, method, headers)
         whole = part is None
         part = part or ByteRange(0, file.file_size)
@@ -95,7 +135,7 @@ class Delivery:
         if opened is None or len(first) != first_bytes:
             body.close()
             raise Damaged
-        headers_sent = [*representation_headers(file, disposition), ("content-length", str(part.length))]
+        headers_sent = [*representation_headers(file, how), ("content-length", str(part.length))]
         if not whole:
             headers_sent.append(("content-range", part.content_range(file.file_size)))
         if method != "GET":
@@ -114,7 +154,7 @@ class Delivery:
         return chunk
 
     @staticmethod
-    def _part(file: File, method: str, headers: Mapping[str, str]) -> ByteRange | None:
+    def _part(file: Stored, method: str, headers: Mapping[str, str]) -> ByteRange | None:
         wanted = headers.get("range")
         if wanted is None or method != "GET":  # section 14.2: Range has a meaning for GET alone
             return None
@@ -129,7 +169,7 @@ class Delivery:
 # as anybody keeps the exception.
 
 
-def _open(volume: Volume, file: File, offset: int, length: int) -> tuple[Handle | None, bytes]:
+def _open(volume: Volume, file: Stored, offset: int, length: int) -> tuple[Handle | None, bytes]:
     """Opens the file and reads. No handle when the stored file is not what its row says.
 
     The handle closes itself, also when the request was cancelled while this ran and nobody takes it.

@@ -6,7 +6,7 @@ Every step is safe to repeat and to run in several processes at once.
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 
 from server import ledger
@@ -26,11 +26,15 @@ log = logging.getLogger("coffer.housekeeping")
 class Housekeeping:
     """The background tasks of one server process."""
 
-    def __init__(self, settings: Settings, db: Database, vault: Vault, intake: Intake) -> None:
+    def __init__(
+        self, settings: Settings, db: Database, vault: Vault, intake: Intake, also_watch: Sequence[Callable[[], Awaitable[None]]] = ()
+    ) -> None:
+        """`also_watch` are other rooms' looks at the database, repeated with those at the volumes."""
         self._settings = settings
         self._db = db
         self._vault = vault
         self._intake = intake
+        self._also_watch = also_watch
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -74,6 +78,9 @@ class Housekeeping:
         for volume in self._vault.volumes:
             if rows is not None and volume.unrecorded_fault:
                 await ledger.set_volume_state(self._db, volume.id, "read_only")
+        if rows is not None:
+            for look in self._also_watch:
+                await look()
 
     async def renew(self) -> None:
         """Keeps the reservations of running uploads from expiring."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import datetime
+from pathlib import PurePosixPath
 from typing import NamedTuple
 from uuid import UUID
 
@@ -15,17 +16,22 @@ from uuid_utils.compat import uuid7
 from server import ledger
 from server.errors import (
     CofferError,
+    CommitUnknown,
+    Conflict,
     Damaged,
     DigestMismatch,
     FileTooLarge,
     IdempotencyInProgress,
     IdempotencyKeyReused,
     IncompleteBody,
+    LinkExpired,
+    LinkUsed,
+    NotFound,
 )
-from server.intake.upload import Details, Upload
+from server.intake.upload import MOST_GENERATIONS_TRIED, Details, Upload
 from server.kinds import Allowed
 from server.ledger import Database, Publisher
-from server.ledger.models import File, Tombstone
+from server.ledger.models import File, Tombstone, UploadLink
 from server.settings import Settings
 from server.vault import Vault, Volume
 from server.vault.layout import user_directory
@@ -151,6 +157,105 @@ class Intake:
             else:
                 # Whoever held the key before us may have published since our last look; nobody can from here on.
                 return await ledger.find_file_by_idempotency_key(self.db, upload.user_id, key)
+
+    async def open_link(self, user_id: str, link: UploadLink, *, max_bytes: int, ttl_seconds: int) -> UUID:
+        """Holds quota for one upload of at most `max_bytes` that somebody else will send, until `ttl_seconds` from now.
+
+        Returns the id of the reservation, which is to be that of the file. Raises as `begin` does for so many declared bytes.
+        """
+        if max_bytes > self.settings.max_file_bytes:
+            raise FileTooLarge(self.settings.max_file_bytes)
+        placement = await self.placed(user_id)
+        placement.volume.check_writable(max_bytes)
+        upload_id = uuid7()
+        try:
+            await ledger.open_reservation(
+                self.db,
+                upload_id=upload_id,
+                user_id=user_id,
+                volume_id=placement.volume.id,
+                reserved_bytes=max_bytes,
+                idempotency_key=None,
+                lease_seconds=ttl_seconds,
+                link=link,
+            )
+        except NotFound as problem:  # erased since we looked
+            self.forget(user_id)
+            raise Conflict from problem
+        return upload_id
+
+    async def begin_linked(self, upload_id: UUID, *, declared_bytes: int | None, expected: dict[str, bytes]) -> tuple[Upload, UploadLink]:
+        """Starts the one upload of an upload link. If it fails, the link may be used again until it ends.
+
+        Raises `LinkUsed` when it has been or is being used, `LinkExpired` when its reservation is gone, and as `begin`.
+        """
+        claimed = await ledger.claim_link(self.db, upload_id, self.settings.reservation_lease_seconds)
+        if claimed is None:
+            # In this order: the row of the reservation goes in the transaction that adds the file's.
+            if await ledger.live_uploads(self.db, [upload_id]) or await ledger.find_file_anywhere(self.db, upload_id):
+                raise LinkUsed
+            raise LinkExpired
+        try:
+            if declared_bytes is not None and declared_bytes > claimed.reserved_bytes:
+                raise FileTooLarge(claimed.reserved_bytes)
+            placement = await self.placed(claimed.user_id)
+            placement.volume.check_writable(declared_bytes or 0)
+        except BaseException:
+            await ledger.unclaim_link(self.db, upload_id)
+            raise
+        self.live.add(upload_id)
+        upload = Upload(
+            self,
+            upload_id,
+            claimed.user_id,
+            placement,
+            declared_bytes=declared_bytes,
+            likely_bytes=0,
+            free_of_charge_bytes=0,
+            expected=expected,
+            idempotency_key=None,
+            claimed=claimed,
+        )
+        return upload, claimed.link
+
+    async def close_link(self, user_id: str, upload_id: UUID) -> None:
+        """Gives up an upload link that has not brought a file, and the quota that it holds. Raises `NotFound`."""
+        if not await ledger.close_link(self.db, user_id, upload_id):
+            raise NotFound
+
+    async def revoke_links(self, user_id: str, file_id: UUID) -> File:
+        """Ends every signed link to a file by renaming its bytes to the next generation. Links made afterwards work.
+
+        A crash leaves either name with its row, and at most another name of the same bytes without one. Raises `NotFound`,
+        `Conflict` when the file is replaced at this moment, `Damaged`, `VolumeReadOnly` and the like.
+        """
+        old = await ledger.get_file(self.db, user_id, file_id)
+        volume = self.vault.volume(old.volume_id)
+        volume.check_state()
+        path = PurePosixPath(old.file_path)
+        for generation in range(old.generation + 1, old.generation + MOST_GENERATIONS_TRIED):
+            new_path = f"{path.parent}/{file_id}.{generation}{path.suffix}"
+            try:
+                await self.vault.run(volume.name_again, old.file_path, new_path)
+            except FileExistsError:  # left by a crash
+                continue
+            except FileNotFoundError as problem:
+                raise Damaged from problem
+            break
+        else:
+            raise Conflict
+        try:
+            file = await ledger.rename_generation(self.db, user_id, old, generation, new_path)
+        except CommitUnknown:
+            raise  # either name may be the row's: both stay, and the audit removes the other
+        except CofferError:
+            await self.vault.run(volume.remove_stored, [new_path])
+            raise
+        try:
+            await self.vault.run(volume.remove_stored, [old.file_path])
+        except CofferError as problem:  # its tombstone stays, as it does in any case until housekeeping has looked
+            log.warning("a revoked name will go later: %s", problem)
+        return file
 
     async def _prepare(
         self,

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple, cast
 from uuid import UUID
 
+from uuid_utils.compat import uuid7
+
 from server import ledger
 from server.errors import (
     CofferError,
@@ -21,9 +23,10 @@ from server.errors import (
     NotFound,
     QuotaExceeded,
     TypeMismatch,
+    UnsupportedType,
 )
 from server.kinds import HEAD_BYTES, TAIL_BYTES, FileType, detect, resolve
-from server.ledger.models import File, NewFile, ReplacedContent
+from server.ledger.models import ClaimedLink, File, NewFile, ReplacedContent
 from server.vault import IncomingFile
 from server.vault.layout import stored_path
 
@@ -34,7 +37,7 @@ Result = TypeVar("Result")
 Arguments = TypeVarTuple("Arguments")
 
 BATCH_BYTES = 256 * 1024  # per thread hop; less costs more hops, more leaves the processor's cache (decisions/0002)
-_MOST_GENERATIONS_TRIED = 1_000  # names that crashed replacements may have left taken
+MOST_GENERATIONS_TRIED = 1_000  # names that crashed replacements may have left taken
 
 log = logging.getLogger("coffer.intake")
 
@@ -70,6 +73,7 @@ class Upload:
         free_of_charge_bytes: int,
         expected: dict[str, bytes],
         idempotency_key: str | None,
+        claimed: ClaimedLink | None = None,
     ) -> None:
         self.id = upload_id
         self.user_id = user_id
@@ -82,7 +86,9 @@ class Upload:
         self._free_of_charge_bytes = free_of_charge_bytes
         self._expected = expected
         self._idempotency_key = idempotency_key
-        self._reserved_bytes: int | None = None
+        self._claimed = claimed
+        self._max_bytes = intake.settings.max_file_bytes if claimed is None else claimed.reserved_bytes
+        self._reserved_bytes: int | None = None if claimed is None else claimed.reserved_bytes
         self._promised_bytes = declared_bytes or 0
         self._volume.promised_bytes += self._promised_bytes
         self._chunks: list[bytes | memoryview] = []
@@ -144,8 +150,8 @@ class Upload:
         if not chunk:
             return
         self.received_bytes += len(chunk)
-        if self.received_bytes > self._intake.settings.max_file_bytes:
-            raise FileTooLarge(self._intake.settings.max_file_bytes)
+        if self.received_bytes > self._max_bytes:
+            raise FileTooLarge(self._max_bytes)
         if len(self._head) < HEAD_BYTES:
             self._head += chunk[: HEAD_BYTES - len(self._head)]
         self._recent.append(chunk)
@@ -192,7 +198,9 @@ class Upload:
 
     def _incoming(self) -> IncomingFile:
         if self._file is None:
-            self._file = IncomingFile(self._volume, self.id, self._expected)
+            # Each try of an upload link has a name of its own: a process that was thought dead must not link another's bytes.
+            name = self.id if self._claimed is None else uuid7()
+            self._file = IncomingFile(self._volume, name, self._expected)
         return self._file
 
     async def _in_thread(self, work: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
@@ -273,7 +281,11 @@ class Upload:
     def _resolve(self, kind: str | None) -> tuple[FileType, str]:
         detected = detect(self._head, b"".join(self._recent)[-TAIL_BYTES:])
         decided = resolve(self._intake.allowed, detected, kind)
-        return cast("FileType", detected), decided  # `resolve` refuses None
+        known = cast("FileType", detected)  # `resolve` refuses None
+        wanted = self._claimed.link.types if self._claimed else ()
+        if wanted and known.mime_type not in wanted and decided not in wanted:
+            raise UnsupportedType(detected=known.mime_type, allowed=list(wanted))
+        return known, decided
 
     async def _complete(self, kind: str | None) -> tuple[FileType, str]:
         if self._declared_bytes is not None and self.received_bytes != self._declared_bytes:
@@ -291,7 +303,7 @@ class Upload:
         file.append(self._chunks)
         self._chunks = []
         file.seal()
-        for candidate in range(generation, generation + _MOST_GENERATIONS_TRIED):
+        for candidate in range(generation, generation + MOST_GENERATIONS_TRIED):
             try:
                 file.publish(path(candidate))
             except FileExistsError:
@@ -364,6 +376,9 @@ class Upload:
             log.warning("could not remove the bytes of a refused upload", extra={"upload_id": str(self.id)}, exc_info=True)
         if self._reserved_bytes is not None:
             try:
-                await ledger.release_reservation(self._intake.db, self.id)
+                if self._claimed is None:
+                    await ledger.release_reservation(self._intake.db, self.id)
+                else:
+                    await ledger.unclaim_link(self._intake.db, self.id)
             except CofferError:
                 log.warning("could not release a reservation; its lease will run out", extra={"upload_id": str(self.id)})

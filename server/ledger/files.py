@@ -7,7 +7,7 @@ from uuid import UUID
 
 import msgspec
 
-from server.errors import NotFound, PreconditionFailed
+from server.errors import Conflict, NotFound, PreconditionFailed
 from server.ledger.database import COMMIT_PATIENCE_SECONDS, LONG_PATIENCE_SECONDS, Database, Row, unstorable
 from server.ledger.models import File, NewFile, ReplacedContent, Tombstone
 from server.ledger.statements import statement
@@ -23,6 +23,11 @@ _UPDATE = statement("update_file", file=FILE_COLUMNS)
 _FAVORITE = statement("set_favorite", file=FILE_COLUMNS)
 _TAGS = statement("set_tags", file=FILE_COLUMNS)
 _DELETE = statement("delete_files")
+_GET_MANY = statement("get_files", file=FILE_COLUMNS)
+_LINKED = statement("get_linked_file", file=FILE_COLUMNS)
+_PUBLIC = statement("get_public_file", file=FILE_COLUMNS)
+_SET_PUBLIC = statement("set_public", file=FILE_COLUMNS)
+_RENAME_GENERATION = statement("rename_generation", file=FILE_COLUMNS)
 
 
 def file_of(row: Row) -> File:
@@ -85,6 +90,7 @@ def published(new: NewFile, date: datetime) -> File:
         package_name=new.package_name,
         tags=new.tags,
         is_favorite=False,
+        public_id=None,
         metadata=new.metadata,
         upload_date=date,
         content_changed_at=date,
@@ -122,6 +128,38 @@ async def replace_content(db: Database, *, user_id: str, file_id: UUID, expected
 async def get_file(db: Database, user_id: str, file_id: UUID) -> File:
     """One file. Raises `NotFound`."""
     return _one(await db.read(_GET, user_id, file_id))
+
+
+async def get_files(db: Database, user_id: str, ids: Sequence[UUID]) -> dict[UUID, File]:
+    """Those of the user's files that `ids` name."""
+    files = map(file_of, await db.read(_GET_MANY, user_id, list(ids)))
+    return {file.id: file for file in files}
+
+
+async def get_linked_file(db: Database, file_id: UUID, generation: int, link_epoch: int) -> File:
+    """The file that a link names. Raises `NotFound` when it is gone, replaced, or its links are revoked."""
+    return _one(await db.read(_LINKED, file_id, generation, link_epoch))
+
+
+async def get_public_file(db: Database, public_id: str) -> File:
+    """The file of a public URL. Raises `NotFound`."""
+    return _one(await db.read(_PUBLIC, public_id))
+
+
+async def set_public(db: Database, user_id: str, file_id: UUID, public_id: str | None) -> File:
+    """Makes a file public under this id, unless it is public under another already; None ends that for good. Raises `NotFound`."""
+    return _one(await db.write(_SET_PUBLIC, user_id, file_id, public_id))
+
+
+async def rename_generation(db: Database, user_id: str, old: File, generation: int, path: str) -> File:
+    """Points a file at another name of the same bytes, leaving a tombstone for the old one.
+
+    Call it when the new name is synced. Raises `Conflict` when the file has another generation or is gone, and `CommitUnknown`.
+    """
+    rows = await db.write(_RENAME_GENERATION, user_id, old.id, old.generation, generation, path)
+    if not rows:
+        raise Conflict
+    return _one(rows)
 
 
 async def find_file_by_idempotency_key(db: Database, user_id: str, key: str) -> File | None:

@@ -29,6 +29,7 @@ class File(msgspec.Struct, frozen=True, kw_only=True):
     package_name: str | None
     tags: list[str]
     is_favorite: bool
+    public_id: str | None
     metadata: dict[str, Any]
     upload_date: datetime
     content_changed_at: datetime
@@ -109,8 +110,28 @@ class User(msgspec.Struct, frozen=True, kw_only=True):
     file_count: int
     volume_id: UUID | None
     erasing_at: datetime | None
+    link_epoch: int
     created_at: datetime
     updated_at: datetime
+
+
+class UploadLink(msgspec.Struct, frozen=True, kw_only=True):
+    """What an upload link allows and gives: kept as JSON in its reservation's row. `types` are kinds or MIME types; empty is any."""
+
+    types: list[str] = []
+    file_name: str | None = None
+    kind: str | None = None
+    package_name: str | None = None
+    tags: list[str] = []
+    metadata: dict[str, Any] = {}
+
+
+class ClaimedLink(msgspec.Struct, frozen=True, kw_only=True):
+    """An upload link that one upload has taken. `reserved_bytes` is the most that it may bring."""
+
+    user_id: str
+    reserved_bytes: int
+    link: UploadLink
 
 
 class KindUsage(msgspec.Struct, frozen=True, kw_only=True):

@@ -3,8 +3,11 @@
 from collections.abc import Sequence
 from uuid import UUID
 
+import msgspec
+
 from server.errors import NotFound
 from server.ledger.database import LONG_PATIENCE_SECONDS, Database
+from server.ledger.models import ClaimedLink, UploadLink
 from server.ledger.statements import statement
 
 _OPEN = statement("open_reservation")
@@ -13,6 +16,9 @@ _RENEW = statement("renew_reservations")
 _RELEASE = statement("release_reservation")
 _EXPIRED = statement("release_expired")
 _LIVE = statement("live_uploads")
+_CLAIM = statement("claim_link")
+_UNCLAIM = statement("unclaim_link")
+_CLOSE = statement("close_link")
 
 
 async def open_reservation(
@@ -24,12 +30,15 @@ async def open_reservation(
     reserved_bytes: int,
     idempotency_key: str | None,
     lease_seconds: float,
+    link: UploadLink | None = None,
 ) -> None:
     """Charges the quota before a byte is read. A crash gives the bytes back when the lease ends.
 
+    With `link` the reservation is an upload link's, and its lease the life of the link.
     Raises `QuotaExceeded`, `UserErasing`, `NotFound` (no such user) and `IdempotencyInProgress` (another upload holds the key).
     """
-    await db.write(_OPEN, upload_id, user_id, volume_id, reserved_bytes, idempotency_key, lease_seconds)
+    encoded = None if link is None else msgspec.json.encode(link).decode()
+    await db.write(_OPEN, upload_id, user_id, volume_id, reserved_bytes, idempotency_key, lease_seconds, encoded)
 
 
 async def resize_reservation(db: Database, upload_id: UUID, to_bytes: int) -> None:
@@ -51,6 +60,25 @@ async def release_reservation(db: Database, upload_id: UUID) -> None:
 async def release_expired(db: Database, limit: int = 1000) -> list[UUID]:
     """Gives back what at most `limit` abandoned uploads hold, and returns their ids."""
     return [row["id"] for row in await db.write(_EXPIRED, limit, patience=LONG_PATIENCE_SECONDS)]
+
+
+async def claim_link(db: Database, upload_id: UUID, lease_seconds: float) -> ClaimedLink | None:
+    """Takes an upload link for one upload. None when it is used up, in use, given up or past its end."""
+    rows = await db.write(_CLAIM, upload_id, lease_seconds)
+    if not rows:
+        return None
+    row = rows[0]
+    return ClaimedLink(user_id=row["user_id"], reserved_bytes=row["reserved_bytes"], link=msgspec.json.decode(row["link"], type=UploadLink))
+
+
+async def unclaim_link(db: Database, upload_id: UUID) -> None:
+    """Leaves an upload link to be tried again, until it ends. Repeating is safe."""
+    await db.write(_UNCLAIM, upload_id)
+
+
+async def close_link(db: Database, user_id: str, upload_id: UUID) -> bool:
+    """Gives up a user's upload link and what it holds. False when there is none, or an upload is using it."""
+    return bool(await db.write(_CLOSE, upload_id, user_id))
 
 
 async def live_uploads(db: Database, ids: Sequence[UUID]) -> set[UUID]:

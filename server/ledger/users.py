@@ -24,6 +24,8 @@ _ERASE_USAGE = statement("erase_usage")
 _LOCK = statement("lock_user", user=USER_COLUMNS)
 _FINISH_ERASING = statement("finish_erasing")
 _BEING_ERASED = statement("users_being_erased")
+_RAISE_EPOCH = statement("raise_link_epoch", user=USER_COLUMNS)
+_EPOCHS = statement("link_epochs")
 
 
 async def ensure_user(db: Database, user_id: str, *, max_bytes: int | None, volume_id: UUID) -> User:
@@ -95,6 +97,16 @@ async def finish_erasing(db: Database, user_id: str, remove_bytes: Callable[[], 
 async def users_being_erased(db: Database) -> list[str]:
     """Users whose erasure has begun and not ended."""
     return [row["user_id"] for row in await db.read(_BEING_ERASED)]
+
+
+async def raise_link_epoch(db: Database, user_id: str) -> User:
+    """Ends every link to the user's files that was made before. Raises `NotFound`."""
+    return _one(await db.write(_RAISE_EPOCH, user_id))
+
+
+async def link_epochs(db: Database) -> dict[str, int]:
+    """The epoch of each user who ever raised it."""
+    return {row["user_id"]: row["link_epoch"] for row in await db.read(_EPOCHS)}
 
 
 def _user_of(row: Row) -> User:

@@ -245,6 +245,25 @@ class Volume:
         finally:
             os.close(parent)
 
+    def name_again(self, path: str, new_path: str) -> None:
+        """Gives a stored file a second name, in the same directory, durably. Raises `FileExistsError` and `FileNotFoundError`.
+
+        A crash before the caller's commit leaves a second name without a row: garbage that harms nobody (P2).
+        """
+        root = self.root()
+        directory, name = checked(path).rsplit("/", 1)
+        new_directory, new_name = checked(new_path).rsplit("/", 1)
+        if new_directory != directory:
+            raise ValueError("a stored file stays in its directory")
+        parent = self.directory(root, directory, make=False)
+        try:
+            with self.writing():
+                os.link(name, new_name, src_dir_fd=parent, dst_dir_fd=parent, follow_symlinks=False)
+            with self.syncing():
+                os.fsync(parent)
+        finally:
+            os.close(parent)
+
     def remove_stored(self, paths: list[str]) -> None:
         """Unlinks stored files and syncs their directories, once each. Files that are gone already are fine: repeating is safe.
 

@@ -103,3 +103,31 @@ update user_files set tags = $3, updated_at = clock_timestamp() where user_id = 
 -- name: delete_files
 -- Deletes those of the ids that are the user's; one row per tombstone.
 select file_id, tombstone_id, volume_id, file_path from delete_files_v1($1, $2);
+
+-- name: get_files
+-- Those of the ids that are the user's.
+select {file} from user_files where user_id = $1 and id = any ($2);
+
+-- name: get_linked_file
+-- The file that a link names, if its links have not been revoked, neither by generation nor by its user's epoch.
+select {file} from user_files f
+ where f.id = $1 and f.generation = $2
+   and exists (select from user_storage u where u.user_id = f.user_id and u.link_epoch = $3 and u.erasing_at is null);
+
+-- name: get_public_file
+-- The file of a public URL.
+select {file} from user_files f
+ where f.public_id = $1 and exists (select from user_storage u where u.user_id = f.user_id and u.erasing_at is null);
+
+-- name: set_public
+-- Makes a file public under $3 unless it is already, or private when $3 is null.
+update user_files
+   set public_id = case when $3::text is null then null else coalesce(public_id, $3) end, updated_at = clock_timestamp()
+ where user_id = $1 and id = $2
+returning {file};
+
+-- name: rename_generation
+-- Points a row at another name of the same bytes. The trigger leaves a tombstone for the old name.
+update user_files set generation = $4, file_path = $5, updated_at = clock_timestamp()
+ where user_id = $1 and id = $2 and generation = $3
+returning {file};

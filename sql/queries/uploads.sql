@@ -2,21 +2,42 @@
 
 -- name: open_reservation
 -- Charges the quota for an upload. The lease is in seconds.
-insert into uploads (id, user_id, volume_id, reserved_bytes, idempotency_key, expires_at)
-values ($1, $2, $3, $4, $5, clock_timestamp() + make_interval(secs => $6));
+insert into uploads (id, user_id, volume_id, reserved_bytes, idempotency_key, expires_at, link)
+values ($1, $2, $3, $4, $5, clock_timestamp() + make_interval(secs => $6), $7);
 
 -- name: resize_reservation
 -- Makes a reservation larger, which the trigger may refuse, or smaller.
 update uploads set reserved_bytes = $2 where id = $1 returning id;
 
 -- name: renew_reservations
--- Moves the end of the lease of live reservations. In the order of ids, as every statement that locks several.
+-- Moves the end of the lease of live reservations; one of an upload link stays at least until the link ends. In the order of ids, as
+-- every statement that locks several.
 with mine as materialized (select id from uploads where id = any ($1) order by id for update)
-update uploads u set expires_at = clock_timestamp() + make_interval(secs => $2) from mine where u.id = mine.id;
+update uploads u
+   set expires_at = greatest(case when u.link is not null then u.expires_at end, clock_timestamp() + make_interval(secs => $2)),
+       claimed_until = case when u.claimed_until is not null then clock_timestamp() + make_interval(secs => $2) end
+  from mine where u.id = mine.id;
+
+-- name: claim_link
+-- Takes an upload link's reservation for one upload, until the lease of $2 seconds ends. Nothing when it is gone or in use.
+update uploads
+   set claimed_until = clock_timestamp() + make_interval(secs => $2)
+ where id = $1 and link is not null and expires_at > clock_timestamp() and (claimed_until is null or claimed_until < clock_timestamp())
+returning user_id, reserved_bytes, link;
+
+-- name: unclaim_link
+-- Leaves an upload link to be tried again.
+update uploads set claimed_until = null where id = $1;
 
 -- name: release_reservation
 -- Gives the bytes of one reservation back.
 delete from uploads where id = $1;
+
+-- name: close_link
+-- Gives up a user's upload link that nobody is using.
+delete from uploads
+ where id = $1 and user_id = $2 and link is not null and (claimed_until is null or claimed_until < clock_timestamp())
+returning id;
 
 -- name: release_expired
 -- Gives the bytes of abandoned reservations back; one that somebody is using at this moment is left alone.

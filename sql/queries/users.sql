@@ -69,3 +69,11 @@ delete from user_storage where user_id = $1;
 -- name: users_being_erased
 -- Users whose erasure has begun and not ended.
 select user_id from user_storage where erasing_at is not null order by user_id;
+
+-- name: raise_link_epoch
+-- Ends every link to the user's files that was made before.
+update user_storage set link_epoch = link_epoch + 1, updated_at = clock_timestamp() where user_id = $1 returning {user};
+
+-- name: link_epochs
+-- The epoch of each user who ever raised it, for whoever must judge links without asking again.
+select user_id, link_epoch from user_storage where link_epoch > 0 order by user_id;

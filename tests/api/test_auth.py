@@ -196,7 +196,7 @@ def every_route(api: RunningServer) -> Iterator[tuple[str, str]]:
 def test_every_route_asks_who_is_there_before_anything_else(api: RunningServer) -> None:
     no_scope = api.new_key()
     routes = list(every_route(api))
-    assert len(routes) >= 17
+    assert len(routes) >= 26
     with httpx.Client(base_url=api.url) as client:
         for method, path in routes:
             nobody = client.request(method, path, content=b"\xff")
@@ -208,6 +208,7 @@ def test_every_route_asks_who_is_there_before_anything_else(api: RunningServer) 
                 assert powerless.json()["code"] == "forbidden" and powerless.json()["needed_scope"] in {
                     "files:read",
                     "files:write",
+                    "links:write",
                     "admin",
                 }
 

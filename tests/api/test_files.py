@@ -30,6 +30,7 @@ FIELDS = {
     "package_name": type(None),
     "tags": list,
     "is_favorite": bool,
+    "is_public": bool,
     "metadata": dict,
     "upload_date": str,
     "created_at": str,

@@ -317,7 +317,7 @@ def test_exit_codes(coffer: Coffer) -> None:
 
 def test_a_server_that_cannot_start_fails(database_url: str) -> None:
     command = [sys.executable, "-m", "server.cli", "serve"]
-    environment = {"DATABASE_URL": database_url, "COFFER_HOST": "192.0.2.1", "PATH": os.defpath}
+    environment = {"DATABASE_URL": database_url, "COFFER_HOST": "192.0.2.1", "COFFER_LINK_KEYS": 43 * "k", "PATH": os.defpath}
     assert subprocess.run(command, env=environment, check=False, capture_output=True, timeout=30).returncode == Exit.FAILURE
 
 

@@ -37,6 +37,7 @@ def a_file(data: bytes, **changes: Any) -> File:
         package_name=None,
         tags=[],
         is_favorite=False,
+        public_id=None,
         metadata={},
         upload_date=_MOMENT,
         content_changed_at=_MOMENT,

@@ -131,7 +131,7 @@ def test_media_is_shown_unless_asked_otherwise(mime_type: str) -> None:
 
 def test_a_picture() -> None:
     file = a_file(b"abc", file_name="Büro.jpg", content_changed_at=datetime(1994, 11, 6, 8, 49, 37, 999_999, tzinfo=UTC))
-    assert dict(representation_headers(file, None)) == {
+    assert dict(representation_headers(file)) == {
         "content-type": "image/jpeg",
         "content-disposition": "inline; filename=\"B_ro.jpg\"; filename*=UTF-8''B%C3%BCro.jpg",
         "accept-ranges": "bytes",
@@ -143,19 +143,19 @@ def test_a_picture() -> None:
         "content-security-policy": "sandbox; default-src 'none'; img-src 'self'; media-src 'self'; style-src 'unsafe-inline'",
         "cross-origin-resource-policy": "same-origin",
     }
-    assert set(validator_headers(file)) < set(representation_headers(file, None))
+    assert set(validator_headers(file)) < set(representation_headers(file))
 
 
 @pytest.mark.parametrize(
     "mime_type", ["image/jpeg\r\nSet-Cookie: a=b", "text/html; charset=utf-8", "", "image", "image/jpég", "image/jpeg\n"]
 )
 def test_a_row_written_by_hand_cannot_split_a_header(mime_type: str) -> None:
-    assert dict(representation_headers(a_file(b"", mime_type=mime_type), None))["content-type"] == "application/octet-stream"
+    assert dict(representation_headers(a_file(b"", mime_type=mime_type)))["content-type"] == "application/octet-stream"
 
 
 @given(st.text(max_size=50), st.text(max_size=50))
 def test_every_value_is_one_line_of_ascii(name: str, mime_type: str) -> None:
-    for header, value in representation_headers(a_file(b"x", file_name=name, mime_type=mime_type), None):
+    for header, value in representation_headers(a_file(b"x", file_name=name, mime_type=mime_type)):
         assert re.fullmatch("[a-z-]+", header)
         assert re.fullmatch("[!-~](?:[ -~]*[!-~])?", value), (header, value)
 

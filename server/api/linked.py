@@ -1,0 +1,40 @@
+"""Bytes for whoever holds a link: `GET /f/{token}/{name}`, `GET /p/{public_id}`, as bare ASGI. `PUT /u/{token}` is in `upload.py`."""
+
+import re
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from server.api.download import joined_headers, send_answer
+from server.api.services import Services
+from server.delivery.links import link_cache_control
+from server.errors import LinkInvalid, NotFound
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+_PUBLIC_ID = re.compile(r"[A-Za-z0-9_-]{22}")
+
+
+async def download_by_link(services: Services, rest: str, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    """Answers the holder of a signed link. `rest` is the path after `/f/`, as it was sent.
+
+    Raises `LinkInvalid` when any character differs from what we signed, `LinkExpired`, and `NotFound` when it was revoked or its bytes
+    were deleted or replaced.
+    """
+    token, slash, segment = rest.partition("/")
+    if not slash or scope["query_string"]:
+        raise LinkInvalid
+    link = services.links.verify_download(token, segment)
+    cache = link_cache_control(services.settings.link_cache, link.expires_at)
+    answer = await services.delivery.open_linked(link, scope["method"], joined_headers(scope), cache)
+    await send_answer(services.delivery, answer, receive, send)
+
+
+async def download_public(services: Services, rest: str, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    """Answers whoever knows the URL of a public file. Raises `NotFound` once that was ended."""
+    if not _PUBLIC_ID.fullmatch(rest):
+        raise NotFound
+    cache = f"public, max-age={services.settings.public_max_age_seconds}, no-transform"
+    answer = await services.delivery.open_public(rest, scope["method"], joined_headers(scope), cache)
+    await send_answer(services.delivery, answer, receive, send)

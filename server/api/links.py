@@ -1,0 +1,219 @@
+"""The JSON routes that make and end links: to download, to upload, and public ones."""
+
+import secrets
+import time
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+import msgspec
+from litestar import Request, Router, delete, get, post, put
+from litestar.params import Parameter
+from msgspec import Meta
+
+from server import fields, ledger
+from server.api.door import needs, principal_of, services_of
+from server.api.files import FileAnswer, file_json, id_of
+from server.api.reading import known_query_only
+from server.api.services import Services
+from server.api.signing import LinkAnswer, Linker, permitted_ttl
+from server.auth import Scope
+from server.errors import InvalidRequest
+from server.kinds import KINDS, KNOWN
+from server.ledger import File, UploadLink
+
+MOST_LINKS_AT_ONCE = 500
+
+Http = Request[Any, Any, Any]
+Disposition = Literal["inline", "attachment"]
+
+
+class LinkWish(msgspec.Struct, forbid_unknown_fields=True):
+    """`ttl_seconds` is how long the link lives at least; `name` is what a browser saves the file as, its own name when left out."""
+
+    ttl_seconds: Annotated[int, Meta(ge=1)] | None = None
+    disposition: Disposition = "inline"
+    name: Annotated[str, Meta(min_length=1, max_length=fields.NAME_CHARACTERS)] | None = None
+
+
+class LinksWish(msgspec.Struct, forbid_unknown_fields=True):
+    """Links to up to 500 files. An id that is malformed names no file, and costs the others nothing."""
+
+    ids: Annotated[list[Annotated[str, Meta(max_length=64)]], Meta(min_length=1, max_length=MOST_LINKS_AT_ONCE)]
+    ttl_seconds: Annotated[int, Meta(ge=1)] | None = None
+    disposition: Disposition = "inline"
+
+
+class LinkResult(msgspec.Struct, omit_defaults=True):
+    """`id` as it was sent. `not_found` also for an id that is malformed or another user's."""
+
+    id: str
+    status: Literal["linked", "not_found"]
+    url: str | None = None
+    expires_at: datetime | None = None
+
+
+class LinkResults(msgspec.Struct):
+    """One result for each id, in the order of the request."""
+
+    links: list[LinkResult]
+
+
+class PublicWish(msgspec.Struct, forbid_unknown_fields=True):
+    """True gives the file a URL that needs no signature; false ends it for good, and a later one is another."""
+
+    is_public: bool
+
+
+class PublicAnswer(msgspec.Struct):
+    """`url` is null when the file is not public. It cannot be guessed."""
+
+    url: str | None
+
+
+class UploadLinkWish(msgspec.Struct, forbid_unknown_fields=True):
+    """The right to upload one file of at most `max_bytes`. `types` are kinds or MIME types; the other fields are given to the file."""
+
+    max_bytes: Annotated[int, Meta(ge=1)]
+    ttl_seconds: Annotated[int, Meta(ge=1)] | None = None
+    types: list[str] = []
+    file_name: Annotated[str, Meta(min_length=1, max_length=fields.NAME_CHARACTERS)] | None = None
+    type: Literal["video", "image", "scene", "project", "audio"] | None = None
+    package_name: Annotated[str, Meta(max_length=fields.PACKAGE_NAME_CHARACTERS)] | None = None
+    tags: list[str] = []
+    metadata: dict[str, Any] = {}
+
+
+class UploadLinkAnswer(msgspec.Struct):
+    """`file_id` is what the file will be called once it has come; until then there is no such file."""
+
+    url: str
+    file_id: UUID
+    expires_at: datetime
+    max_bytes: int
+
+
+@post("/files/{file_id:uuid}/link", guards=[needs(Scope.LINKS_WRITE)], status_code=200)
+async def link_file(request: Http, file_id: UUID, data: LinkWish | None = None) -> LinkAnswer:
+    """A signed link to these bytes of a file. When they are replaced or deleted it leads nowhere."""
+    wish = data or LinkWish()
+    return await _link(request, file_id, wish)
+
+
+@get("/storage/{file_id:uuid}/url", guards=[needs(Scope.LINKS_WRITE)], before_request=known_query_only)
+async def storage_url(
+    request: Http,
+    file_id: UUID,
+    ttl_seconds: Annotated[int | None, Parameter(ge=1, description="How long the link lives at least.")] = None,
+    disposition: Annotated[Disposition, Parameter(description="How a browser is to treat the bytes.")] = "inline",
+) -> LinkAnswer:
+    """The same link, asked for without a body."""
+    return await _link(request, file_id, LinkWish(ttl_seconds, disposition))
+
+
+@post("/links", guards=[needs(Scope.LINKS_WRITE)], status_code=200)
+async def link_files(request: Http, data: LinksWish) -> LinkResults:
+    """Links to many files at once: a gallery is one request."""
+    services, owner = services_of(request), principal_of(request).owner
+    permitted_ttl(services, data.ttl_seconds)
+    ids = {text: file_id for text in data.ids if (file_id := id_of(text)) is not None}
+    files = await ledger.get_files(services.db, owner, list(dict.fromkeys(ids.values())))
+    if not files:
+        return LinkResults([LinkResult(text, "not_found") for text in data.ids])
+    linker = await Linker.of(services, owner, data.ttl_seconds)
+    results = []
+    for text in data.ids:
+        file = files.get(ids[text]) if text in ids else None
+        if file is None:
+            results.append(LinkResult(text, "not_found"))
+        else:
+            link = linker.link(file, data.disposition)
+            results.append(LinkResult(text, "linked", link.url, link.expires_at))
+    return LinkResults(results)
+
+
+@post("/files/{file_id:uuid}/revoke-links", guards=[needs(Scope.LINKS_WRITE)], status_code=200)
+async def revoke_file_links(request: Http, file_id: UUID) -> FileAnswer:
+    """Ends every signed link to a file. Links made afterwards work; a public URL stays."""
+    return file_json(await services_of(request).intake.revoke_links(principal_of(request).owner, file_id))
+
+
+@post("/links/revoke", guards=[needs(Scope.LINKS_WRITE)], status_code=204)
+async def revoke_user_links(request: Http) -> None:
+    """Ends every signed link to any of the user's files. Public URLs stay."""
+    await ledger.raise_link_epoch(services_of(request).db, principal_of(request).owner)
+
+
+@put("/files/{file_id:uuid}/public", guards=[needs(Scope.LINKS_WRITE)])
+async def make_public(request: Http, file_id: UUID, data: PublicWish) -> PublicAnswer:
+    """Makes a file public, or private again. Caches may show it for `COFFER_PUBLIC_MAX_AGE_SECONDS` longer."""
+    services = services_of(request)
+    public_id = secrets.token_urlsafe(16) if data.is_public else None
+    return _public(services, await ledger.set_public(services.db, principal_of(request).owner, file_id, public_id))
+
+
+@get("/files/{file_id:uuid}/public", guards=[needs(Scope.FILES_READ)])
+async def show_public(request: Http, file_id: UUID) -> PublicAnswer:
+    """The public URL of a file, if it has one."""
+    services = services_of(request)
+    return _public(services, await ledger.get_file(services.db, principal_of(request).owner, file_id))
+
+
+@post("/uploads/links", guards=[needs(Scope.LINKS_WRITE)], status_code=201)
+async def link_upload(request: Http, data: UploadLinkWish) -> UploadLinkAnswer:
+    """A link that takes one upload. Its bytes are reserved now, so the upload cannot fail for want of quota."""
+    services = services_of(request)
+    unknown = [each for each in data.types if each not in KINDS and each not in KNOWN]
+    if unknown:
+        raise InvalidRequest("types", f"must be of {', '.join(KINDS)}, or MIME types that are stored here")
+    link = UploadLink(
+        types=data.types,
+        file_name=None if data.file_name is None else fields.clean_name(data.file_name, "file_name"),
+        kind=data.type,
+        package_name=fields.clean_package_name(data.package_name),
+        tags=fields.clean_tags(data.tags),
+        metadata=fields.clean_metadata(data.metadata),
+    )
+    ttl_seconds = permitted_ttl(services, data.ttl_seconds)
+    expires_at = int(time.time()) + ttl_seconds
+    # The reservation outlives its link by a little: what begins in the last second still has it.
+    upload_id = await services.intake.open_link(
+        principal_of(request).owner, link, max_bytes=data.max_bytes, ttl_seconds=ttl_seconds + services.settings.reservation_lease_seconds
+    )
+    url = services.settings.public_url + services.links.upload(upload_id, expires_at=expires_at)
+    return UploadLinkAnswer(url, upload_id, datetime.fromtimestamp(expires_at, UTC), data.max_bytes)
+
+
+@delete("/uploads/links/{file_id:uuid}", guards=[needs(Scope.LINKS_WRITE)])
+async def close_upload_link(request: Http, file_id: UUID) -> None:
+    """Gives up an upload link that has brought no file, and the quota that it holds."""
+    await services_of(request).intake.close_link(principal_of(request).owner, file_id)
+
+
+async def _link(request: Http, file_id: UUID, wish: LinkWish) -> LinkAnswer:
+    services, owner = services_of(request), principal_of(request).owner
+    permitted_ttl(services, wish.ttl_seconds)
+    file = await ledger.get_file(services.db, owner, file_id)
+    linker = await Linker.of(services, owner, wish.ttl_seconds)
+    return linker.link(file, wish.disposition, None if wish.name is None else fields.clean_name(wish.name, "name"))
+
+
+def _public(services: Services, file: File) -> PublicAnswer:
+    return PublicAnswer(None if file.public_id is None else f"{services.settings.public_url}/p/{file.public_id}")
+
+
+router = Router(
+    path="/api",
+    route_handlers=[
+        link_file,
+        link_files,
+        storage_url,
+        revoke_file_links,
+        revoke_user_links,
+        make_public,
+        show_public,
+        link_upload,
+        close_upload_link,
+    ],
+    tags=["Links"],
+)
