@@ -12,11 +12,11 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from tests.bench import downloads, huge, large, lists, memory, small
+from tests.bench import downloads, huge, large, links, lists, memory, small
 from tests.bench.harness import Stage, elapsed, say
 from tests.bench.processes import BenchError
 
-SECTIONS = {"large": large, "small": small, "memory": memory, "huge": huge, "downloads": downloads, "lists": lists}
+SECTIONS = {"large": large, "small": small, "memory": memory, "huge": huge, "downloads": downloads, "lists": lists, "links": links}
 
 
 def main() -> int:
