@@ -11,7 +11,7 @@ from server.api import application
 from server.api.front import Front
 from server.api.protocol import UploadProtocol
 from server.api.services import Services
-from server.auth import Authenticator
+from server.auth import Authenticator, TokenUsers, UserTokens
 from server.delivery import Delivery, Links
 from server.intake import Housekeeping, Intake
 from server.ledger import Database
@@ -49,7 +49,9 @@ def assemble(settings: Settings) -> Front:
         intake=Intake(settings, db, vault),
         delivery=Delivery(db, vault),
         links=Links(settings.link_keys),
-        authenticator=Authenticator(db, settings.api_key_cache_seconds),
+        authenticator=Authenticator(
+            db, settings.api_key_cache_seconds, tokens=UserTokens.from_settings(settings), token_users=TokenUsers(settings, db)
+        ),
     )
     return Front(services, application.build(services), lambda: _running(services))
 
@@ -68,8 +70,10 @@ async def _running(services: Services) -> AsyncIterator[None]:
     await services.db.open()
     try:
         await housekeeping.start()
+        await services.authenticator.start()
         log.info("started")
         yield
+        await services.authenticator.stop()
         await housekeeping.stop()
     finally:
         services.vault.close()
@@ -84,6 +88,7 @@ def serve(settings: Settings) -> None:
     """
     _check_link_keys(settings)
     logs.configure(settings.log_level)
+    UserTokens.from_settings(settings)  # a key file that is wrong is told here, and not by each process anew
     with shared_by_processes() if settings.processes > 1 else nullcontext():
         uvicorn.run(
             "server.app:create_app",

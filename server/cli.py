@@ -5,7 +5,8 @@ import asyncio
 import os
 import sys
 from collections.abc import Awaitable, Callable, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any, NoReturn
 from uuid import UUID
@@ -27,6 +28,8 @@ DatabaseRun = Callable[[Database, Settings, argparse.Namespace], Awaitable[None]
 
 _EPILOG = "exit codes:\n" + "\n".join(f"  {code.value:<4} {meaning}" for code, meaning in MEANING.items())
 _UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_DURATIONS = {"d": timedelta(days=1), "h": timedelta(hours=1), "m": timedelta(minutes=1), "s": timedelta(seconds=1)}
+_LONGEST_DURATION = timedelta(days=3650)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -128,18 +131,43 @@ def _add_keys(commands: Any) -> None:
     create.add_argument("name", help="what the key is for, e.g. the app that uses it")
     choices = [scope.value for scope in Scope]
     create.add_argument("--scope", action="append", choices=choices, help="may be repeated; files:read and files:write when left out")
+    create.add_argument("--user", action="append", type=_user_id, help="may be repeated; only for these users")
+    create.add_argument("--kind", action="append", choices=KINDS, help="may be repeated; only for files of these types")
+    create.add_argument(
+        "--network", action="append", type=_network, help="may be repeated; only from there, e.g. 10.0.0.0/8 or 2001:db8::/32"
+    )
+    create.add_argument("--expires", type=_duration, help="after how long it ends, e.g. 90d; never when left out")
     _json(_database_command(group, "list", _key_list, "all keys, without their secrets"))
+    rotate = _json(_database_command(group, "rotate", _key_rotate, "make a key with the same rights, and let the old one end soon"))
+    rotate.add_argument("key_id")
+    rotate.add_argument(
+        "--overlap", type=_duration, default=_duration("24h"), help="how long the old one works on, e.g. 30m; 24h when left out"
+    )
+    rotate.add_argument("--expires", type=_duration, help="after how long the new one ends; as long as the old one had when left out")
     revoke = _for_real(_database_command(group, "revoke", _key_revoke, "end a key"))
     revoke.add_argument("key_id")
 
 
 async def _key_create(db: Database, _: Settings, arguments: argparse.Namespace) -> None:
     scopes = arguments.scope or [Scope.FILES_READ.value, Scope.FILES_WRITE.value]
-    await keys.create(db, name=fields.clean_name(arguments.name), scopes=scopes, as_json=arguments.json)
+    await keys.create(
+        db,
+        name=fields.clean_name(arguments.name),
+        scopes=scopes,
+        user_ids=arguments.user,
+        kinds=arguments.kind,
+        networks=arguments.network,
+        lifetime=arguments.expires,
+        as_json=arguments.json,
+    )
 
 
 async def _key_list(db: Database, _: Settings, arguments: argparse.Namespace) -> None:
     await keys.show_all(db, as_json=arguments.json)
+
+
+async def _key_rotate(db: Database, _: Settings, arguments: argparse.Namespace) -> None:
+    await keys.rotate(db, key_id=arguments.key_id, overlap=arguments.overlap, lifetime=arguments.expires, as_json=arguments.json)
 
 
 async def _key_revoke(db: Database, settings: Settings, arguments: argparse.Namespace) -> None:
@@ -338,6 +366,24 @@ def _quota(text: str) -> int | None:
     if not number.isascii() or not number.isdigit() or unit not in _UNITS:
         raise argparse.ArgumentTypeError("say a number of bytes, or such as 500MiB or 10GiB, or unlimited")
     return int(number) * _UNITS[unit]
+
+
+def _duration(text: str) -> timedelta:
+    """90d, 24h, 30m or 45s, at most ten years."""
+    number, unit = text[:-1], text[-1:]
+    if not number.isascii() or not number.isdigit() or len(number) > 9 or unit not in _DURATIONS:
+        raise argparse.ArgumentTypeError("say a number with d, h, m or s, such as 90d or 24h")
+    duration = int(number) * _DURATIONS[unit]
+    if duration > _LONGEST_DURATION:
+        raise argparse.ArgumentTypeError(f"may be at most {_LONGEST_DURATION.days}d")
+    return duration
+
+
+def _network(text: str) -> keys.Network:
+    try:
+        return ip_network(text)
+    except ValueError as problem:
+        raise argparse.ArgumentTypeError(f"{problem}; say an address, or a network such as 10.0.0.0/8") from None
 
 
 def _without_none(given: dict[str, str | None]) -> dict[str, str]:

@@ -38,7 +38,7 @@ class Unauthenticated(CofferError):
 
 @dataclass(slots=True, eq=False)
 class Forbidden(CofferError):
-    """The credentials are good but lack the scope."""
+    """The credentials are good but lack the scope, or are not for this user or this network. Which one is not told."""
 
     code = "forbidden"
     title = "These credentials may not do this."
@@ -67,6 +67,22 @@ class LinkUsed(CofferError):
 
     code = "link_used"
     title = "This link has been used."
+
+
+@dataclass(slots=True, eq=False)
+class UserUnknown(CofferError):
+    """The user token is good, but its user has no storage here and tokens do not make users."""
+
+    code = "user_unknown"
+    title = "This user has no storage here."
+
+
+@dataclass(slots=True, eq=False)
+class TokenKeysUnavailable(CofferError):
+    """The token's issuer is ours, but none of its keys could be fetched yet, so no token of it can be judged."""
+
+    code = "token_keys_unavailable"
+    title = "The keys of the token's issuer are not available."
 
 
 # What is asked

@@ -10,7 +10,7 @@ Only the start of the bytes speaks: a file that begins as a PNG and ends as a zi
 
 import codecs
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import puremagic
@@ -96,6 +96,12 @@ class Allowed:
                 raise SettingError(f"COFFER_TYPES_{kind.upper()}: {strange[0]} is not one of {', '.join(sorted(known))}")
             by_kind[kind] = wanted or known
         return cls(by_kind)
+
+    def only(self, kinds: Collection[str] | None) -> "Allowed":
+        """What is left of it when only these kinds may be stored; None is all."""
+        if kinds is None:
+            return self
+        return Allowed({kind: types if kind in kinds else frozenset() for kind, types in self.by_kind.items()})
 
 
 def resolve(allowed: Allowed, detected: FileType | None, declared_kind: str | None) -> str:

@@ -1,8 +1,8 @@
 """Structured logs: one JSON object per line on standard error.
 
 A line that belongs to a request carries its `request_id`. No header, key, token, signature or query string is ever
-logged; as a second net, every line but the access line is searched for text of the shape of a key or of a password in
-a URL, because an exception's message is not ours to choose.
+logged; as a second net, every line but the access line is searched for text of the shape of a key, of a JWT or of a
+password in a URL, because an exception's message is not ours to choose.
 """
 
 import logging
@@ -17,13 +17,22 @@ import msgspec
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 _OWN_ATTRIBUTES = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "color_message"}
-_SECRETS = re.compile(r"""(cof_[a-z2-7]{16}_)[A-Za-z0-9_-]+|(\w+://[^\s/:@"]*:)[^\s/@"\\]+(?=@)|(\bbearer\s+)[^\s"\\]+""", re.IGNORECASE)
+_SECRETS = re.compile(
+    r"(cof_[a-z2-7]{16}_)[A-Za-z0-9_-]+"
+    r"""|(\w+://[^\s/:@"]*:)[^\s/@"\\]+(?=@)"""
+    r"""|(\bbearer\s+)[^\s"\\]+"""
+    r"|(\beyJ)[\w-]+\.[\w-]+\.[\w-]*",
+    re.IGNORECASE,
+)
 _encoder = msgspec.json.Encoder(enc_hook=str)
 _access_is_logged = False
 
 
 class AccessLine(msgspec.Struct):
-    """What is told of one request. `route` is a template; `path` is left out where no route matched, for it may hold anything."""
+    """What is told of one request. `route` is a template; `path` is left out where no route matched, for it may hold anything.
+
+    `principal` is by what the caller was recognised: `api_key` or `user_token`.
+    """
 
     time: datetime
     level: str
@@ -37,6 +46,7 @@ class AccessLine(msgspec.Struct):
     duration_ms: float
     bytes_in: int
     bytes_out: int
+    principal: str | None
     user_id: str | None
     client: str | None
 
@@ -69,8 +79,8 @@ def encode(line: object) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """The text with keys, bearer credentials and passwords of URLs blanked out."""
-    return _SECRETS.sub(lambda match: f"{match[1] or match[2] or match[3]}***", text)
+    """The text with keys, bearer credentials, JWTs and passwords of URLs blanked out."""
+    return _SECRETS.sub(lambda match: f"{match[match.lastindex or 0]}***", text)
 
 
 def configure(level: str) -> None:

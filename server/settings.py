@@ -9,9 +9,13 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
+
+import msgspec
+from msgspec import Meta
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 
@@ -82,6 +86,73 @@ def _link_cache(text: str) -> str:
     if text not in ("private", "public"):
         raise ValueError("say private or public")
     return text
+
+
+# Asymmetric ones only: whoever can check an HS* token can make one, and `none` is no signature (RFC 8725, sections 2.1 and 3.2).
+TokenAlgorithm = Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]
+_Text = Annotated[str, Meta(min_length=1, max_length=1024)]
+
+
+class TokenIssuer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Whose user tokens are taken, and which of them: one entry of `COFFER_TOKEN_ISSUERS`.
+
+    `issuer` is the exact text of the claim `iss`; `audiences` and `authorized_parties` are what `aud` and `azp` may be. Its keys
+    come from `jwks_url`, or without any network from `public_key_file` (PEM or JWKS). `leeway_seconds` forgives clocks that differ.
+    """
+
+    issuer: _Text
+    audiences: tuple[_Text, ...] = ()
+    authorized_parties: tuple[_Text, ...] = ()
+    algorithms: Annotated[tuple[TokenAlgorithm, ...], Meta(min_length=1)] = ("RS256",)
+    jwks_url: _Text | None = None
+    public_key_file: _Text | None = None
+    leeway_seconds: Annotated[int, Meta(ge=0, le=300)] = 5
+
+
+def _token_issuers(text: str) -> tuple[TokenIssuer, ...]:
+    if not text.strip():
+        return ()
+    try:
+        issuers = msgspec.json.decode(text, type=tuple[TokenIssuer, ...])
+    except msgspec.ValidationError as problem:
+        raise ValueError(str(problem).replace("`$", "`")) from None
+    except (msgspec.DecodeError, RecursionError) as problem:
+        raise ValueError(f"say a JSON list of issuers: {problem}") from None
+    for number, each in enumerate(issuers):
+        if each.issuer in {other.issuer for other in issuers[:number]}:
+            raise _wrong_issuer(number, "issuer", "is named twice")
+        if (each.jwks_url is None) == (each.public_key_file is None):
+            raise _wrong_issuer(number, "jwks_url", "say either this or public_key_file")
+        if each.jwks_url is not None and not _is_safe_url(each.jwks_url):
+            raise _wrong_issuer(number, "jwks_url", "must be an https URL without credentials; http is for loopback only")
+        if not each.audiences and not each.authorized_parties:
+            # A token that the issuer made for another app would be good here (RFC 8725, section 3.9).
+            raise _wrong_issuer(number, "audiences", "say whom tokens must be for, here or in authorized_parties")
+    return issuers
+
+
+def _wrong_issuer(number: int, name: str, reason: str) -> ValueError:
+    """As msgspec words its own."""
+    return ValueError(f"{reason} - at `[{number}].{name}`")
+
+
+def _is_safe_url(url: str) -> bool:
+    """https without credentials; http where nobody is in between."""
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname or "", parts.port
+    except ValueError:
+        return False
+    if not host or "@" in parts.netloc or not url.isascii() or not url.isprintable() or " " in url:
+        return False
+    return parts.scheme == "https" or (parts.scheme == "http" and _is_loopback(host))
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def setting(
@@ -176,6 +247,18 @@ class Settings:
     )
     public_max_age_seconds: int = setting(
         300, "How long browsers and CDNs may keep a public file: the longest it is seen after that was ended.", read=_whole, at_least=0
+    )
+    token_issuers: tuple[TokenIssuer, ...] = setting(
+        (), "Issuers of user tokens, as a JSON list (see User tokens); empty takes API keys alone.", read=_token_issuers
+    )
+    token_users_are_created: bool = setting(
+        True, "Make a user with the default quota at the first valid token; otherwise unknown users are refused.", read=_boolean
+    )
+    token_keys_refetch_seconds: int = setting(
+        10, "Least seconds between two fetches of an issuer's keys, whatever tokens ask for.", read=_whole, at_least=1
+    )
+    token_keys_max_age_seconds: int = setting(
+        86_400, "How long an issuer's keys are used while it cannot be reached.", read=_whole, at_least=60
     )
     schema_documentation: bool = setting(True, "Serve the OpenAPI description and its page at /schema.", read=_boolean)
 

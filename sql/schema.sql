@@ -392,7 +392,14 @@ CREATE TABLE public.api_keys (
     expires_at timestamp with time zone,
     revoked_at timestamp with time zone,
     last_used_at timestamp with time zone,
-    CONSTRAINT api_keys_secret_sha256_is_32_bytes CHECK ((octet_length(secret_sha256) = 32))
+    user_ids text[],
+    kinds text[],
+    networks cidr[],
+    CONSTRAINT api_keys_admins_see_all CHECK (((NOT ('admin'::text = ANY (scopes))) OR ((user_ids IS NULL) AND (kinds IS NULL)))),
+    CONSTRAINT api_keys_kinds_known CHECK (((kinds <@ ARRAY['video'::text, 'image'::text, 'scene'::text, 'project'::text, 'audio'::text]) AND (cardinality(kinds) > 0))),
+    CONSTRAINT api_keys_networks_not_empty CHECK ((cardinality(networks) > 0)),
+    CONSTRAINT api_keys_secret_sha256_is_32_bytes CHECK ((octet_length(secret_sha256) = 32)),
+    CONSTRAINT api_keys_user_ids_not_empty CHECK ((cardinality(user_ids) > 0))
 );
 
 CREATE TABLE public.events (

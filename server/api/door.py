@@ -2,13 +2,15 @@
 
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, cast
+from uuid import UUID
 
 from litestar.connection import ASGIConnection
 from litestar.handlers import BaseRouteHandler
 
+from server import ledger
 from server.api.services import Services
 from server.auth import Principal, Scope
-from server.errors import InvalidRequest, Unauthenticated
+from server.errors import InvalidRequest, NotFound, Unauthenticated
 
 AnyConnection = ASGIConnection[Any, Any, Any, Any]
 
@@ -30,16 +32,33 @@ async def admit(services: Services, scope: MutableMapping[str, Any], needed: Sco
                 raise InvalidRequest("X-User-Id", "may be sent once only")
             # Bytes that are not UTF-8 become lone surrogates, which no user id may hold, and are refused after the credentials.
             acting_user = value.decode("utf-8", "surrogateescape")
-    principal = await services.authenticator.principal(authorization, acting_user, needed)
+    client = scope.get("client")
+    principal = await services.authenticator.principal(authorization, acting_user, needed, client[0] if client else None)
     scope.setdefault("state", {})["principal"] = principal
     return principal
 
 
-def needs(scope: Scope) -> Callable[[AnyConnection, BaseRouteHandler], Awaitable[None]]:
-    """A Litestar guard: guards run before a handler's parameters and body are looked at."""
+async def check_kinds(services: Services, principal: Principal, file_id: UUID) -> None:
+    """Raises `NotFound` for a file that these credentials may not see because of its kind. A file's kind never changes.
+
+    Costs a query only where the credentials are good for some kinds alone.
+    """
+    if principal.kinds is not None and not await ledger.ids_of_kinds(services.db, principal.owner, [file_id], principal.kinds):
+        raise NotFound
+
+
+def needs(scope: Scope, *, of_stored_file: bool = True) -> Callable[[AnyConnection, BaseRouteHandler], Awaitable[None]]:
+    """A Litestar guard: guards run before a handler's parameters and body are looked at.
+
+    It also sees to it that the file of the route's `file_id` is of a kind that the credentials are good for, unless the route is about
+    a file that is still to come.
+    """
 
     async def guard(connection: AnyConnection, _: BaseRouteHandler) -> None:
-        await admit(services_of(connection), cast("MutableMapping[str, Any]", connection.scope), scope)
+        services = services_of(connection)
+        principal = await admit(services, cast("MutableMapping[str, Any]", connection.scope), scope)
+        if of_stored_file and (file_id := connection.path_params.get("file_id")) is not None:
+            await check_kinds(services, principal, file_id)
 
     return guard
 

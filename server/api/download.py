@@ -6,7 +6,7 @@ from typing import Any
 from urllib.parse import parse_qs
 from uuid import UUID
 
-from server.api.door import admit
+from server.api.door import admit, check_kinds
 from server.api.services import Services
 from server.auth import Scope
 from server.delivery import Answer, Body, Delivery
@@ -26,6 +26,7 @@ async def download(services: Services, file_id: UUID, scope: MutableMapping[str,
     the answer incomplete, so that no client takes it for whole.
     """
     principal = await admit(services, scope, Scope.FILES_READ)
+    await check_kinds(services, principal, file_id)
     disposition = _disposition(scope["query_string"])
     answer = await services.delivery.open(principal.owner, file_id, scope["method"], joined_headers(scope), disposition)
     await send_answer(services.delivery, answer, receive, send)

@@ -165,6 +165,7 @@ async def list_files(
         services.db,
         principal_of(request).owner,
         FileQuery(
+            kinds=principal_of(request).kinds,
             file_type=file_type,
             mime_type=None if mime is None else fields.clean_name(mime, "mime"),
             tag=None if tag is None else fields.clean_name(tag, "tag"),
@@ -222,7 +223,11 @@ async def delete_file(request: Http, file_id: UUID) -> None:
 async def delete_files(request: Http, data: FileIds) -> DeleteResults:
     """Deletes up to 1,000 files, with an answer for each."""
     ids = {text: file_id for text in data.ids if (file_id := id_of(text)) is not None}
-    deleted = await services_of(request).intake.delete(principal_of(request).owner, list(dict.fromkeys(ids.values())))
+    services, principal = services_of(request), principal_of(request)
+    wanted = list(dict.fromkeys(ids.values()))
+    if principal.kinds is not None:
+        wanted = await ledger.ids_of_kinds(services.db, principal.owner, wanted, principal.kinds)
+    deleted = await services.intake.delete(principal.owner, wanted)
     return DeleteResults([DeleteResult(each, "deleted" if ids.get(each) in deleted else "not_found") for each in data.ids])
 
 

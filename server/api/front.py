@@ -99,6 +99,7 @@ class Front:
                     duration_ms=round(seconds * 1000, 2),
                     bytes_in=exchange.bytes_in,
                     bytes_out=exchange.bytes_out,
+                    principal=principal.credentials if principal else None,
                     user_id=principal.user_id if principal else None,
                     client=client[0] if client else None,
                 )

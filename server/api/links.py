@@ -18,7 +18,7 @@ from server.api.reading import known_query_only
 from server.api.services import Services
 from server.api.signing import LinkAnswer, Linker, permitted_ttl
 from server.auth import Scope
-from server.errors import InvalidRequest
+from server.errors import Forbidden, InvalidRequest
 from server.kinds import KINDS, KNOWN
 from server.ledger import File, UploadLink
 
@@ -114,10 +114,13 @@ async def storage_url(
 @post("/links", guards=[needs(Scope.LINKS_WRITE)], status_code=200)
 async def link_files(request: Http, data: LinksWish) -> LinkResults:
     """Links to many files at once: a gallery is one request."""
-    services, owner = services_of(request), principal_of(request).owner
+    services, principal = services_of(request), principal_of(request)
+    owner = principal.owner
     permitted_ttl(services, data.ttl_seconds)
     ids = {text: file_id for text in data.ids if (file_id := id_of(text)) is not None}
     files = await ledger.get_files(services.db, owner, list(dict.fromkeys(ids.values())))
+    if principal.kinds is not None:
+        files = {file_id: file for file_id, file in files.items() if file.file_type in principal.kinds}
     if not files:
         return LinkResults([LinkResult(text, "not_found") for text in data.ids])
     linker = await Linker.of(services, owner, data.ttl_seconds)
@@ -140,7 +143,9 @@ async def revoke_file_links(request: Http, file_id: UUID) -> FileAnswer:
 
 @post("/links/revoke", guards=[needs(Scope.LINKS_WRITE)], status_code=204)
 async def revoke_user_links(request: Http) -> None:
-    """Ends every signed link to any of the user's files. Public URLs stay."""
+    """Ends every signed link to any of the user's files. Public URLs stay. Not for a key that is restricted to some types."""
+    if principal_of(request).kinds is not None:
+        raise Forbidden(Scope.LINKS_WRITE)
     await ledger.raise_link_epoch(services_of(request).db, principal_of(request).owner)
 
 
@@ -162,12 +167,16 @@ async def show_public(request: Http, file_id: UUID) -> PublicAnswer:
 @post("/uploads/links", guards=[needs(Scope.LINKS_WRITE)], status_code=201)
 async def link_upload(request: Http, data: UploadLinkWish) -> UploadLinkAnswer:
     """A link that takes one upload. Its bytes are reserved now, so the upload cannot fail for want of quota."""
-    services = services_of(request)
+    services, principal = services_of(request), principal_of(request)
     unknown = [each for each in data.types if each not in KINDS and each not in KNOWN]
     if unknown:
         raise InvalidRequest("types", f"must be of {', '.join(KINDS)}, or MIME types that are stored here")
+    kinds = principal.kinds
+    if kinds is not None and ({data.type, *data.types} & frozenset(KINDS)) - kinds:
+        raise InvalidRequest("types", f"these credentials are good for {', '.join(sorted(kinds))} alone")
     link = UploadLink(
         types=data.types,
+        kinds=None if kinds is None else sorted(kinds),
         file_name=None if data.file_name is None else fields.clean_name(data.file_name, "file_name"),
         kind=data.type,
         package_name=fields.clean_package_name(data.package_name),
@@ -178,16 +187,17 @@ async def link_upload(request: Http, data: UploadLinkWish) -> UploadLinkAnswer:
     expires_at = int(time.time()) + ttl_seconds
     # The reservation outlives its link by a little: what begins in the last second still has it.
     upload_id = await services.intake.open_link(
-        principal_of(request).owner, link, max_bytes=data.max_bytes, ttl_seconds=ttl_seconds + services.settings.reservation_lease_seconds
+        principal.owner, link, max_bytes=data.max_bytes, ttl_seconds=ttl_seconds + services.settings.reservation_lease_seconds
     )
     url = services.settings.public_url + services.links.upload(upload_id, expires_at=expires_at)
     return UploadLinkAnswer(url, upload_id, datetime.fromtimestamp(expires_at, UTC), data.max_bytes)
 
 
-@delete("/uploads/links/{file_id:uuid}", guards=[needs(Scope.LINKS_WRITE)])
+@delete("/uploads/links/{file_id:uuid}", guards=[needs(Scope.LINKS_WRITE, of_stored_file=False)])
 async def close_upload_link(request: Http, file_id: UUID) -> None:
     """Gives up an upload link that has brought no file, and the quota that it holds."""
-    await services_of(request).intake.close_link(principal_of(request).owner, file_id)
+    principal = principal_of(request)
+    await services_of(request).intake.close_link(principal.owner, file_id, principal.kinds)
 
 
 async def _link(request: Http, file_id: UUID, wish: LinkWish) -> LinkAnswer:

@@ -30,8 +30,9 @@ _CLOSED = ("FileChanges", "FavoriteChange", "TagsChange", "FileIds", "QuotaChang
 
 _ABOUT = """Coffer stores media files for users, each within a quota.
 
-Every route but `/health` needs an API key in `Authorization: Bearer cof_...`. Routes of files and storage act for the user
-named in `X-User-Id`. Failures are `application/problem+json` with a stable `code`."""
+Every route but `/health` and the links needs an API key in `Authorization: Bearer cof_...` or, where issuers are set up, a user's own
+token (a JWT). With a key, routes of files, links and storage act for the user named in `X-User-Id`; with a token, for the token's
+subject. Failures are `application/problem+json` with a stable `code`."""
 
 
 def handlers(described: list[Handler]) -> list[Handler]:
@@ -67,7 +68,10 @@ def describe(described: list[Handler]) -> Json:
     description: Json = Litestar(described, openapi_config=config, logging_config=None).openapi_schema.to_schema()
     description["security"] = [{"ApiKey": []}]
     components = description.setdefault("components", {})
-    components["securitySchemes"] = {"ApiKey": {"type": "http", "scheme": "bearer", "description": "An API key: `cof_...`."}}
+    components["securitySchemes"] = {
+        "ApiKey": {"type": "http", "scheme": "bearer", "description": "An API key: `cof_...`."},
+        "UserToken": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT", "description": "A user's own token, never an admin's."},
+    }
     components["parameters"] = {"ActingUser": _ACTING_USER}
     components["responses"] = {"Problem": {"description": "A failure.", "content": {MEDIA_TYPE: {"schema": _ref("Problem")}}}}
     components["schemas"] = dict(sorted({**components.get("schemas", {}), "Problem": _PROBLEM, "UploadResults": _UPLOAD_RESULTS}.items()))
@@ -98,6 +102,7 @@ def _complete(path: str, operation: Json) -> None:
         if parameter["in"] == "query":  # a query cannot say null
             parameter["schema"] = _without_null(parameter["schema"])
     if path.startswith(_ACTS_FOR_A_USER):
+        operation["security"] = [{"ApiKey": []}, {"UserToken": []}]
         operation.setdefault("parameters", []).append({"$ref": "#/components/parameters/ActingUser"})
 
 
@@ -138,9 +143,9 @@ def _answer(description: str, schema: Json, **headers: str) -> Json:
 _ACTING_USER: Json = {
     "name": "X-User-Id",
     "in": "header",
-    "required": True,
+    "required": False,
     "schema": {"type": "string", "minLength": 1, "maxLength": USER_ID_CHARACTERS},
-    "description": "The user acted for, in UTF-8.",
+    "description": "The user acted for, in UTF-8. Required with an API key; with a user token it may be left out.",
 }
 
 _PROBLEM: Json = {

@@ -22,6 +22,8 @@ STATUS: dict[type[CofferError], int] = {
     errors.LinkInvalid: 403,
     errors.LinkExpired: 403,
     errors.LinkUsed: 409,
+    errors.UserUnknown: 403,
+    errors.TokenKeysUnavailable: 503,
     errors.InvalidRequest: 400,
     errors.NotFound: 404,
     errors.PreconditionFailed: 412,
@@ -49,6 +51,7 @@ STATUS: dict[type[CofferError], int] = {
 
 # The database comes back within seconds of a restart; a volume waits for a person.
 RETRY_AFTER_SECONDS: dict[type[CofferError], int] = {
+    errors.TokenKeysUnavailable: 10,
     errors.IdempotencyInProgress: 2,
     errors.VolumeUnavailable: 30,
     errors.VolumeReadOnly: 30,

@@ -35,9 +35,12 @@ class UsageAnswer(msgspec.Struct, kw_only=True):
 
 @get("/usage", guards=[needs(Scope.FILES_READ)])
 async def show_usage(request: Request[Any, Any, Any]) -> UsageAnswer:
-    """The user's storage. A user who has stored nothing yet has the default limit."""
-    services = services_of(request)
-    user, by_kind = await ledger.usage(services.db, principal_of(request).owner)
+    """The user's storage. A user who has stored nothing yet has the default limit.
+
+    A key that is restricted to some types is told of those alone, and of the sum of all.
+    """
+    services, principal = services_of(request), principal_of(request)
+    user, by_kind = await ledger.usage(services.db, principal.owner)
     used, reserved = (user.total_bytes, user.reserved_bytes) if user else (0, 0)
     limit = user.max_bytes if user else services.settings.default_quota_bytes
     return UsageAnswer(
@@ -50,6 +53,7 @@ async def show_usage(request: Request[Any, Any, Any]) -> UsageAnswer:
         by_type={
             kind: KindUsageAnswer(by_kind[kind].file_count, by_kind[kind].total_bytes) if kind in by_kind else KindUsageAnswer(0, 0)
             for kind in KINDS
+            if principal.kinds is None or kind in principal.kinds
         },
     )
 

@@ -9,6 +9,7 @@ import binascii
 import hashlib
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from functools import partial
 from typing import Any
 from urllib.parse import parse_qs
 from uuid import UUID
@@ -16,12 +17,12 @@ from uuid import UUID
 import msgspec
 
 from server import ledger
-from server.api.door import admit
+from server.api.door import admit, check_kinds
 from server.api.files import file_json
 from server.api.multipart import Event, Field, FileData, FileEnd, FileStart, FormReader
 from server.api.problems import Problem
 from server.api.services import Services
-from server.auth import Scope
+from server.auth import Principal, Scope
 from server.delivery.conditions import evaluate_if_match
 from server.errors import CofferError, Conflict, DigestMismatch, IncompleteBody, InvalidRequest, PreconditionFailed
 from server.fields import clean_name, clean_package_name, parse_metadata, parse_tags
@@ -49,14 +50,15 @@ async def upload(services: Services, scope: ASGIScope, receive: Receive, send: S
     if key is not None and not _IDEMPOTENCY_KEY.fullmatch(key):
         raise InvalidRequest("Idempotency-Key", "must be 1 to 200 visible ASCII characters")
     if content_type.lower().startswith("multipart/form-data"):
-        await _upload_form(services, principal.owner, content_type, key, scope, receive, send)
+        await _upload_form(services, principal, content_type, key, scope, receive, send)
     else:
-        await _upload_raw(services, principal.owner, key, scope, receive, send)
+        await _upload_raw(services, principal, key, scope, receive, send)
 
 
 async def replace(services: Services, file_id: UUID, scope: ASGIScope, receive: Receive, send: Send) -> None:
     """Replaces a file's bytes. With `If-Match` only those that the client has seen; the old ones live until the commit."""
     principal = await admit(services, scope, Scope.FILES_WRITE)
+    await check_kinds(services, principal, file_id)
     old = await ledger.get_file(services.db, principal.owner, file_id)
     if_match = _header(scope, b"if-match")
     if if_match is not None and not evaluate_if_match(if_match, old.sha256):
@@ -104,10 +106,10 @@ async def upload_by_link(services: Services, token: str, scope: ASGIScope, recei
     await _answer(send, 201, file)
 
 
-async def _upload_raw(services: Services, user_id: str, key: str | None, scope: ASGIScope, receive: Receive, send: Send) -> None:
+async def _upload_raw(services: Services, principal: Principal, key: str | None, scope: ASGIScope, receive: Receive, send: Send) -> None:
     texts = _query(scope)
     details = _details(texts, texts.get("name"))
-    begun = await _begin(services, user_id, key, declared_bytes=_content_length(scope), likely_bytes=0, expected=_digests(scope))
+    begun = await _begin(services, principal, key, declared_bytes=_content_length(scope), likely_bytes=0, expected=_digests(scope))
     if isinstance(begun, File):
         await _answer(send, 201, begun, replayed=True)
         return
@@ -121,9 +123,9 @@ async def _upload_raw(services: Services, user_id: str, key: str | None, scope: 
 
 
 async def _upload_form(
-    services: Services, user_id: str, content_type: str, key: str | None, scope: ASGIScope, receive: Receive, send: Send
+    services: Services, principal: Principal, content_type: str, key: str | None, scope: ASGIScope, receive: Receive, send: Send
 ) -> None:
-    form = _Form(services, user_id, key, _content_length(scope), _query(scope))
+    form = _Form(services, principal, key, _content_length(scope), _query(scope))
     reader = FormReader(content_type)
     expected = _digests(scope)
     hashes = {name: hashlib.new(name.replace("-", ""), usedforsecurity=False) for name in expected}  # of the form, as RFC 9530 has it
@@ -155,11 +157,13 @@ async def _upload_form(
 class _Form:
     """The files of one form. They are published when the form has ended, for any field may follow any file."""
 
-    def __init__(self, services: Services, user_id: str, key: str | None, content_length: int | None, fields: dict[str, str]) -> None:
+    def __init__(
+        self, services: Services, principal: Principal, key: str | None, content_length: int | None, fields: dict[str, str]
+    ) -> None:
         self.consumed_bytes = 0
         self.replayed = False
         self._services = services
-        self._user_id = user_id
+        self._principal = principal
         self._key = key
         self._content_length = content_length
         self._fields = fields  # the query's, which the form's own replace
@@ -198,7 +202,7 @@ class _Form:
         likely = max(0, self._content_length - self.consumed_bytes) if self._content_length else 0
         expected = _parse_digests(part.headers.get("content-digest"), part.headers.get("content-md5"))
         try:
-            begun = await _begin(self._services, self._user_id, key, declared_bytes=None, likely_bytes=likely, expected=expected)
+            begun = await _begin(self._services, self._principal, key, declared_bytes=None, likely_bytes=likely, expected=expected)
         except CofferError as refused:
             self._refuse(number, refused)
             self._files.append(refused)
@@ -241,12 +245,10 @@ class _Form:
 
 
 async def _begin(
-    services: Services, user_id: str, key: str | None, *, declared_bytes: int | None, likely_bytes: int, expected: dict[str, bytes]
+    services: Services, principal: Principal, key: str | None, *, declared_bytes: int | None, likely_bytes: int, expected: dict[str, bytes]
 ) -> Upload | File:
-    intake = services.intake
-    if key is None:
-        return await intake.begin(user_id, declared_bytes=declared_bytes, likely_bytes=likely_bytes, expected=expected)
-    return await intake.begin_once(user_id, key, declared_bytes=declared_bytes, likely_bytes=likely_bytes, expected=expected)
+    begin = services.intake.begin if key is None else partial(services.intake.begin_once, idempotency_key=key)
+    return await begin(principal.owner, declared_bytes=declared_bytes, likely_bytes=likely_bytes, expected=expected, kinds=principal.kinds)
 
 
 def _query(scope: ASGIScope) -> dict[str, str]:

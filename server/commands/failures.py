@@ -31,6 +31,7 @@ MEANING: dict[Exit, str] = {
 _BY_ERROR: dict[type[CofferError], Exit] = {
     errors.InvalidRequest: Exit.USAGE,
     errors.NotFound: Exit.NOT_FOUND,
+    errors.TokenKeysUnavailable: Exit.UNAVAILABLE,
     errors.VolumeFull: Exit.UNAVAILABLE,
     errors.VolumeUnavailable: Exit.UNAVAILABLE,
     errors.VolumeReadOnly: Exit.UNAVAILABLE,

@@ -99,14 +99,16 @@ class Intake:
         likely_bytes: int = 0,
         expected: dict[str, bytes] | None = None,
         replacing: File | None = None,
+        kinds: frozenset[str] | None = None,
     ) -> Upload:
         """Starts an upload, before a byte of it is read.
 
         `declared_bytes` is binding, `likely_bytes` a guess at an undeclared length (0: none), `expected` digests by RFC 9530
-        name. A file that is being replaced pays only for what it grows by. Raises `FileTooLarge`, `QuotaExceeded`,
+        name. A file that is being replaced pays only for what it grows by. Bytes of other than these `kinds` (None: all) are
+        refused as if they were not stored here, as soon as they show what they are. Raises `FileTooLarge`, `QuotaExceeded`,
         `VolumeFull`, `VolumeReadOnly`, `VolumeUnavailable`, `UserErasing`, `DatabaseUnavailable`.
         """
-        upload = await self._prepare(user_id, declared_bytes, likely_bytes, expected, replacing, None)
+        upload = await self._prepare(user_id, declared_bytes, likely_bytes, expected, replacing, None, kinds)
         if declared_bytes is not None and declared_bytes > self.settings.buffered_body_bytes:
             async with _aborting(upload):
                 await upload.reserve(declared_bytes)
@@ -120,6 +122,7 @@ class Intake:
         declared_bytes: int | None,
         likely_bytes: int = 0,
         expected: dict[str, bytes] | None = None,
+        kinds: frozenset[str] | None = None,
     ) -> Upload | File:
         """As `begin`; or returns the file that this key has stored already.
 
@@ -129,12 +132,14 @@ class Intake:
         """
         stored = await ledger.find_file_by_idempotency_key(self.db, user_id, idempotency_key)
         if stored is None:
-            upload = await self._prepare(user_id, declared_bytes, likely_bytes, expected, None, idempotency_key)
+            upload = await self._prepare(user_id, declared_bytes, likely_bytes, expected, None, idempotency_key, kinds)
             async with _aborting(upload):
                 stored = await self._claim(upload, idempotency_key, declared_bytes or 0)
                 if stored is None:
                     return upload
                 await upload.abort()
+        if kinds is not None and stored.file_type not in kinds:
+            raise IdempotencyKeyReused  # by somebody who may store what these credentials may not see
         if declared_bytes is not None and stored.generation == 1 and declared_bytes != stored.file_size:
             raise IdempotencyKeyReused
         return stored
@@ -214,13 +219,17 @@ class Intake:
             free_of_charge_bytes=0,
             expected=expected,
             idempotency_key=None,
+            allowed=self.allowed.only(claimed.link.kinds),
             claimed=claimed,
         )
         return upload, claimed.link
 
-    async def close_link(self, user_id: str, upload_id: UUID) -> None:
-        """Gives up an upload link that has not brought a file, and the quota that it holds. Raises `NotFound`."""
-        if not await ledger.close_link(self.db, user_id, upload_id):
+    async def close_link(self, user_id: str, upload_id: UUID, kinds: frozenset[str] | None = None) -> None:
+        """Gives up an upload link that has not brought a file, and the quota that it holds.
+
+        With `kinds`, only one that can bring no others. Raises `NotFound`.
+        """
+        if not await ledger.close_link(self.db, user_id, upload_id, kinds):
             raise NotFound
 
     async def revoke_links(self, user_id: str, file_id: UUID) -> File:
@@ -265,6 +274,7 @@ class Intake:
         expected: dict[str, bytes] | None,
         replacing: File | None,
         idempotency_key: str | None,
+        kinds: frozenset[str] | None,
     ) -> Upload:
         if declared_bytes is not None and declared_bytes > self.settings.max_file_bytes:
             raise FileTooLarge(self.settings.max_file_bytes)
@@ -280,6 +290,7 @@ class Intake:
             free_of_charge_bytes=replacing.file_size if replacing else 0,
             expected=expected or {},
             idempotency_key=idempotency_key,
+            allowed=self.allowed.only(kinds),
         )
 
     async def copy(self, user_id: str, file_id: UUID) -> File:

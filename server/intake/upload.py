@@ -25,7 +25,7 @@ from server.errors import (
     TypeMismatch,
     UnsupportedType,
 )
-from server.kinds import HEAD_BYTES, TAIL_BYTES, FileType, detect, resolve
+from server.kinds import HEAD_BYTES, TAIL_BYTES, Allowed, FileType, detect, resolve
 from server.ledger.models import ClaimedLink, File, NewFile, ReplacedContent
 from server.vault import IncomingFile
 from server.vault.layout import stored_path
@@ -73,6 +73,7 @@ class Upload:
         free_of_charge_bytes: int,
         expected: dict[str, bytes],
         idempotency_key: str | None,
+        allowed: Allowed,
         claimed: ClaimedLink | None = None,
     ) -> None:
         self.id = upload_id
@@ -86,6 +87,7 @@ class Upload:
         self._free_of_charge_bytes = free_of_charge_bytes
         self._expected = expected
         self._idempotency_key = idempotency_key
+        self._allowed = allowed
         self._claimed = claimed
         self._max_bytes = intake.settings.max_file_bytes if claimed is None else claimed.reserved_bytes
         self._reserved_bytes: int | None = None if claimed is None else claimed.reserved_bytes
@@ -280,7 +282,7 @@ class Upload:
 
     def _resolve(self, kind: str | None) -> tuple[FileType, str]:
         detected = detect(self._head, b"".join(self._recent)[-TAIL_BYTES:])
-        decided = resolve(self._intake.allowed, detected, kind)
+        decided = resolve(self._allowed, detected, kind)
         known = cast("FileType", detected)  # `resolve` refuses None
         wanted = self._claimed.link.types if self._claimed else ()
         if wanted and known.mime_type not in wanted and decided not in wanted:

@@ -9,6 +9,7 @@ from server.ledger.files import (
     get_files,
     get_linked_file,
     get_public_file,
+    ids_of_kinds,
     publish_file,
     rename_generation,
     replace_content,
@@ -17,7 +18,7 @@ from server.ledger.files import (
     set_tags,
     update_file,
 )
-from server.ledger.keys import create_api_key, find_api_key, list_api_keys, revoke_api_key
+from server.ledger.keys import create_api_key, find_api_key, list_api_keys, note_api_keys_used, revoke_api_key, rotate_api_key
 from server.ledger.listing import list_files
 from server.ledger.migrations import MigrationError, migrate, pending
 from server.ledger.models import (
@@ -96,6 +97,7 @@ __all__ = [
     "get_linked_file",
     "get_public_file",
     "get_user",
+    "ids_of_kinds",
     "link_epochs",
     "list_api_keys",
     "list_files",
@@ -103,6 +105,7 @@ __all__ = [
     "list_volumes",
     "live_uploads",
     "migrate",
+    "note_api_keys_used",
     "open_reservation",
     "pending",
     "pending_tombstones",
@@ -115,6 +118,7 @@ __all__ = [
     "replace_content",
     "resize_reservation",
     "revoke_api_key",
+    "rotate_api_key",
     "set_favorite",
     "set_public",
     "set_quota",

@@ -1,6 +1,6 @@
 """Rows of `user_files`. Every function is one statement; another user's file and a missing one are both `NotFound` (P4)."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -22,6 +22,7 @@ _ANYWHERE = statement("find_file_anywhere", file=FILE_COLUMNS)
 _UPDATE = statement("update_file", file=FILE_COLUMNS)
 _FAVORITE = statement("set_favorite", file=FILE_COLUMNS)
 _TAGS = statement("set_tags", file=FILE_COLUMNS)
+_IDS_OF_KINDS = statement("ids_of_kinds")
 _DELETE = statement("delete_files")
 _GET_MANY = statement("get_files", file=FILE_COLUMNS)
 _LINKED = statement("get_linked_file", file=FILE_COLUMNS)
@@ -207,6 +208,11 @@ async def set_favorite(db: Database, user_id: str, file_id: UUID, value: bool | 
 async def set_tags(db: Database, user_id: str, file_id: UUID, tags: list[str]) -> File:
     """Replaces the tags. Raises `NotFound`."""
     return _one(await db.write(_TAGS, user_id, file_id, tags))
+
+
+async def ids_of_kinds(db: Database, user_id: str, ids: Sequence[UUID], kinds: Collection[str]) -> list[UUID]:
+    """Those of `ids` that are files of the user and of these kinds."""
+    return [row["id"] for row in await db.read(_IDS_OF_KINDS, user_id, list(ids), list(kinds))]
 
 
 async def delete_files(db: Database, user_id: str, ids: Sequence[UUID]) -> list[tuple[UUID, Tombstone]]:

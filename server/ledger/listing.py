@@ -55,9 +55,17 @@ async def list_files(db: Database, user_id: str, query: FileQuery) -> FilePage:
     )
 
 
+def _types(query: FileQuery) -> list[str] | None:
+    """The types to look for: those that may be seen, and of those the one that is asked for. None is all."""
+    asked = None if query.file_type is None else {query.file_type}
+    both = asked if query.kinds is None else query.kinds if asked is None else query.kinds & asked
+    return None if both is None else sorted(both)
+
+
 def compose(user_id: str, query: FileQuery, after: Position | None, most: int) -> tuple[str, list[Any]]:
     """The statement that reads one file more than the page holds, but at most `most` rows, after a position; and its values."""
     values: list[Any] = [user_id, query.limit + 1, most]
+    types = _types(query)
 
     def bind(value: object) -> str:
         values.append(value)
@@ -80,11 +88,11 @@ def compose(user_id: str, query: FileQuery, after: Position | None, most: int) -
         name = "list_package"
         left.remove("package")
         bind(query.package_name)
-    elif query.file_type is not None or query.mime_type is not None:
+    elif types is not None or query.mime_type is not None:
         name = "list_by_type"
         left.remove("type")
         bind(query.limit + 1 if query.is_favorite is None else most)
-        bind(query.file_type)
+        bind(types)
         bind(query.mime_type)
     else:
         name = "list_all"
@@ -105,8 +113,8 @@ def compose(user_id: str, query: FileQuery, after: Position | None, most: int) -
         others.append(f"{bind(query.tag)} = any (f.tags)")
     if "package" in left and query.package_name is not None:
         others.append(f"f.package_name is not distinct from {bind(query.package_name)}")
-    if "type" in left and query.file_type is not None:
-        others.append(f"f.file_type = {bind(query.file_type)}")
+    if "type" in left and types is not None:
+        others.append(f"f.file_type = any ({bind(types)})")
     if "type" in left and query.mime_type is not None:
         others.append(f"f.mime_type = {bind(query.mime_type)}")
 

@@ -1,6 +1,7 @@
 """Rows as the rest of the house sees them. Names are those of the tables; every size is in bytes."""
 
 from datetime import datetime
+from ipaddress import IPv4Network, IPv6Network
 from typing import Any, Literal
 from uuid import UUID
 
@@ -74,10 +75,12 @@ class ReplacedContent(msgspec.Struct, frozen=True, kw_only=True):
 
 class FileQuery(msgspec.Struct, frozen=True, kw_only=True):
     """What to list. None is no filter. `name` finds words of the name by their beginnings, and comes with the sort `name`.
+    `kinds` are the only ones that may be seen at all, whatever `file_type` asks for.
 
     Dates are of the upload, `created_from` inclusive and `created_to` exclusive, and come with the sort `created`.
     """
 
+    kinds: frozenset[str] | None = None
     file_type: str | None = None
     mime_type: str | None = None
     tag: str | None = None
@@ -116,9 +119,13 @@ class User(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class UploadLink(msgspec.Struct, frozen=True, kw_only=True):
-    """What an upload link allows and gives: kept as JSON in its reservation's row. `types` are kinds or MIME types; empty is any."""
+    """What an upload link allows and gives: kept as JSON in its reservation's row. `types` are kinds or MIME types; empty is any.
+
+    `kinds` are the only ones that the credentials which made the link were good for; None is all.
+    """
 
     types: list[str] = []
+    kinds: list[str] | None = None
     file_name: str | None = None
     kind: str | None = None
     package_name: str | None = None
@@ -159,12 +166,19 @@ class VolumeRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ApiKeyRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One row of `api_keys`. Only the SHA-256 of the secret is ever stored."""
+    """One row of `api_keys`. Only the SHA-256 of the secret is ever stored.
+
+    `user_ids`, `kinds` and `networks` are the only ones that the key is good for; None is no restriction.
+    """
 
     key_id: str
     name: str
     secret_sha256: bytes
     scopes: list[str]
+    user_ids: list[str] | None = None
+    kinds: list[str] | None = None
+    networks: list[IPv4Network | IPv6Network] | None = None
     created_at: datetime
     expires_at: datetime | None
     revoked_at: datetime | None
+    last_used_at: datetime | None = None

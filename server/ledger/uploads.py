@@ -1,6 +1,6 @@
 """Reservations: quota that an upload under way holds until it publishes, gives up, or its lease runs out."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from uuid import UUID
 
 import msgspec
@@ -76,9 +76,12 @@ async def unclaim_link(db: Database, upload_id: UUID) -> None:
     await db.write(_UNCLAIM, upload_id)
 
 
-async def close_link(db: Database, user_id: str, upload_id: UUID) -> bool:
-    """Gives up a user's upload link and what it holds. False when there is none, or an upload is using it."""
-    return bool(await db.write(_CLOSE, upload_id, user_id))
+async def close_link(db: Database, user_id: str, upload_id: UUID, kinds: Collection[str] | None = None) -> bool:
+    """Gives up a user's upload link and what it holds. False when there is none, or an upload is using it.
+
+    With `kinds`, a link that was made for others too, or for all, is none.
+    """
+    return bool(await db.write(_CLOSE, upload_id, user_id, None if kinds is None else list(kinds)))
 
 
 async def live_uploads(db: Database, ids: Sequence[UUID]) -> set[UUID]:

@@ -28,10 +28,13 @@ _RAISE_EPOCH = statement("raise_link_epoch", user=USER_COLUMNS)
 _EPOCHS = statement("link_epochs")
 
 
-async def ensure_user(db: Database, user_id: str, *, max_bytes: int | None, volume_id: UUID) -> User:
-    """The user, who is added with this quota and volume if unknown. An existing user keeps quota and volume (unless that is null)."""
+async def ensure_user(db: Database, user_id: str, *, max_bytes: int | None, volume_id: UUID | None) -> User:
+    """The user, who is added with this quota and volume if unknown. An existing user keeps quota and volume (unless that is null).
+
+    Without a volume, the user is left to get one with the first upload.
+    """
     rows = await db.read(_GET, user_id)
-    if not rows or rows[0]["volume_id"] is None:
+    if not rows or (volume_id is not None and rows[0]["volume_id"] is None):
         rows = await db.write(_ENSURE, user_id, max_bytes, volume_id)
     return _user_of(rows[0])
 

@@ -71,6 +71,10 @@ select {file} from replaced;
 -- One file of one user.
 select {file} from user_files where user_id = $1 and id = $2;
 
+-- name: ids_of_kinds
+-- Those of the ids that are the user's and of these kinds.
+select id from user_files where user_id = $1 and id = any ($2) and file_type = any ($3);
+
 -- name: find_file_by_idempotency_key
 -- The file that an earlier request with this key published.
 select {file} from user_files where user_id = $1 and idempotency_key = $2;

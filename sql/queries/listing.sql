@@ -17,7 +17,7 @@ select {file}, f.sort_key, f.matches, f.place
  order by f.sort_key {direction}, f.id {direction};
 
 -- name: list_by_type
--- Files of a type ($5), of a MIME type ($6), or of both: one range for each pair that the user has, merged. $4 is how many rows of each
+-- Files of types ($5), of a MIME type ($6), or of both: one range for each pair that the user has, merged. $4 is how many rows of each
 -- range to read, for the merge reads them all.
 select {file}, f.sort_key, f.matches, f.place
   from (select f.*, f.{key} as sort_key, m.matches,
@@ -31,7 +31,7 @@ select {file}, f.sort_key, f.matches, f.place
                     limit $4
                ) f
          cross join lateral (select true {others} as matches) m
-         where t.user_id = $1 and ($5::text is null or t.file_type = $5) and ($6::text is null or t.mime_type = $6) and t.file_count > 0
+         where t.user_id = $1 and ($5::text[] is null or t.file_type = any ($5)) and ($6::text is null or t.mime_type = $6) and t.file_count > 0
         window reading as (order by f.{key} {direction}, f.id {direction} rows unbounded preceding)) f
  where f.found <= $2 and f.place <= $3 and (f.matches or f.place = $3)
  order by f.sort_key {direction}, f.id {direction};

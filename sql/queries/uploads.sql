@@ -34,9 +34,10 @@ update uploads set claimed_until = null where id = $1;
 delete from uploads where id = $1;
 
 -- name: close_link
--- Gives up a user's upload link that nobody is using.
+-- Gives up a user's upload link that nobody is using; of those that were made for some kinds ($3) alone, unless that is null.
 delete from uploads
  where id = $1 and user_id = $2 and link is not null and (claimed_until is null or claimed_until < clock_timestamp())
+   and ($3::text[] is null or (jsonb_typeof(link -> 'kinds') = 'array' and (link -> 'kinds') <@ to_jsonb($3::text[])))
 returning id;
 
 -- name: release_expired

@@ -15,7 +15,8 @@ from server.auth import NewApiKey
 from tests.samples import image
 from tests.serving import RunningServer, ServerFactory
 
-LINE: dict[str, object] = dict.fromkeys(("level", "logger", "message", "request_id", "method", "route", "path", "user_id", "client"), "")
+LINE: dict[str, object] = dict.fromkeys(("level", "logger", "message", "request_id", "method", "route", "path"), "")
+LINE |= dict.fromkeys(("principal", "user_id", "client"), "")
 LINE |= dict.fromkeys(("status", "duration_ms", "bytes_in", "bytes_out"), 0)
 
 
@@ -83,7 +84,8 @@ def test_a_servers_log_tells_of_requests_and_of_no_secrets(start_server: ServerF
     assert len(password) < 8 or password not in text
     (uploaded,) = [line for line in lines if line.get("request_id") == "my-id.1" and line["logger"] == "coffer.access"]
     assert uploaded["route"] == uploaded["path"] == "/api/files/upload"
-    assert (uploaded["method"], uploaded["status"], uploaded["user_id"], uploaded["bytes_in"]) == ("POST", 201, "ada", 1000)
+    assert (uploaded["method"], uploaded["status"], uploaded["bytes_in"]) == ("POST", 201, 1000)
+    assert (uploaded["principal"], uploaded["user_id"]) == ("api_key", "ada")
     assert uploaded["bytes_out"] > 0 and uploaded["duration_ms"] > 0
     (download,) = [line for line in lines if line.get("route") == "/api/files/{file_id}/download"]
     assert download["path"] == f"/api/files/{stored['id']}/download" and download["bytes_out"] == 1000

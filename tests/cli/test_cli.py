@@ -8,7 +8,7 @@ import sys
 import termios
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
@@ -186,6 +186,39 @@ def test_keys(coffer: Coffer) -> None:
     assert coffer("key", "revoke", made["key_id"], "--for-real").returncode == 0
     assert json.loads(coffer("key", "list", "--json").stdout.splitlines()[-1])["revoked_at"]
     assert coffer("key", "revoke", "unknown").returncode == Exit.NOT_FOUND
+
+
+def test_keys_with_restrictions(coffer: Coffer) -> None:
+    options = "--scope files:read --scope links:write --user ada --user bob --kind image --network 10.0.0.0/8 --network 2001:db8::/32"
+    made = json.loads(coffer("key", "create", "k", *options.split(), "--expires", "90d", "--json").stdout)
+    assert made["scopes"] == ["files:read", "links:write"]
+    assert (made["user_ids"], made["kinds"], made["networks"]) == (["ada", "bob"], ["image"], ["10.0.0.0/8", "2001:db8::/32"])
+    until_end = datetime.fromisoformat(made["expires_at"]) - datetime.now(UTC)
+    assert timedelta(days=89) < until_end < timedelta(days=91)
+    listed = coffer("key", "list").stdout
+    for word in ("ada,bob", "image", "10.0.0.0/8,2001:db8::/32", "last_used_at", "expires_at"):
+        assert word in listed
+    assert coffer("ls", COFFER_API_KEY=made["key"]).returncode == Exit.REFUSED  # not from here
+    for wrong in ("--network 10.0.0.1/8", "--network x", "--expires 90", "--expires 9999d", "--expires -1d", "--kind text", "--scope all"):
+        assert coffer("key", "create", "k", *wrong.split()).returncode == Exit.USAGE, wrong
+    for wrong in ("--user ada", "--kind image"):
+        assert coffer("key", "create", "k", "--scope", "admin", *wrong.split()).returncode == Exit.USAGE, wrong
+
+
+def test_a_rotated_key_works_on_for_the_overlap(coffer: Coffer) -> None:
+    old = json.loads(coffer("key", "create", "app", "--user", USER, "--expires", "90d", "--json").stdout)
+    new = json.loads(coffer("key", "rotate", old["key_id"], "--overlap", "24h", "--json").stdout)
+    assert {name: new[name] for name in ("name", "scopes", "user_ids", "kinds")} == {
+        name: old[name] for name in ("name", "scopes", "user_ids", "kinds")
+    }
+    assert timedelta(days=89) < datetime.fromisoformat(new["expires_at"]) - datetime.now(UTC) < timedelta(days=91)
+    for key in (old, new):
+        assert coffer("ls", COFFER_API_KEY=key["key"]).returncode == 0
+    ends = json.loads(coffer("key", "list", "--json").stdout.splitlines()[1])["expires_at"]
+    assert timedelta(hours=23) < datetime.fromisoformat(ends) - datetime.now(UTC) <= timedelta(hours=24)
+    assert coffer("key", "rotate", new["key_id"], "--overlap", "0s", "--json").returncode == 0
+    assert coffer("key", "rotate", new["key_id"]).returncode == Exit.REFUSED
+    assert coffer("key", "rotate", "unknown").returncode == Exit.NOT_FOUND
 
 
 def test_users(coffer: Coffer, server: RunningServer, tmp_path: Path) -> None:

@@ -60,7 +60,8 @@ class Shelf:
 class FakeAuthenticator:
     """Lets in whoever presents `Bearer good`."""
 
-    async def principal(self, authorization: str | None, acting_user: str | None, needed: Scope) -> Principal:
+    async def principal(self, authorization: str | None, acting_user: str | None, needed: Scope, client: str | None) -> Principal:
+        assert client is None
         assert needed is Scope.FILES_READ
         if authorization != "Bearer good":
             raise Unauthenticated

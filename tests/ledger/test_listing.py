@@ -61,6 +61,10 @@ FILTERS: dict[str, tuple[dict[str, Any], Filter]] = {
     "mime, rare": ({"mime_type": "application/zip"}, lambda file: file.mime_type == "application/zip"),
     "mime, common": ({"mime_type": "image/png"}, lambda file: file.mime_type == "image/png"),
     "both": ({"file_type": "image", "mime_type": "image/png"}, lambda file: file.mime_type == "image/png"),
+    "kinds": ({"kinds": frozenset({"project", "video"})}, lambda file: file.file_type == "project"),
+    "all kinds": ({"kinds": frozenset({"project", "image"})}, lambda _: True),
+    "one of the kinds": ({"kinds": frozenset({"project", "image"}), "file_type": "image"}, lambda file: file.file_type == "image"),
+    "none of the kinds": ({"kinds": frozenset({"project"}), "file_type": "image"}, lambda _: False),
     "favorite": ({"is_favorite": True}, lambda file: file.is_favorite),
     "others": ({"is_favorite": False}, lambda file: not file.is_favorite),
     "package, rare": ({"package_name": "rare"}, lambda file: file.package_name == "rare"),
@@ -82,6 +86,9 @@ COMBINED = [
     ("favorite", "type, rare", "from"),
     ("package, rare", "mime, rare", "to"),
     ("others", "tag, common"),
+    ("kinds", "favorite"),
+    ("all kinds", "tag, common"),
+    ("kinds", "package, rare", "from"),
 ]
 SORTS: tuple[Sort, ...] = ("created", "name", "size")
 KEYS: dict[Sort, Callable[[File], Any]] = {
@@ -216,6 +223,7 @@ async def test_a_cursor_of_another_order_is_refused(db: Database, shelf: list[Fi
 
 
 def literal(value: object) -> str:
+    value = f"{{{','.join(value)}}}" if isinstance(value, list) else value
     return "null" if value is None else "'" + str(value).replace("'", "''") + "'"
 
 
