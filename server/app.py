@@ -9,7 +9,7 @@ import uvicorn
 from server import logs
 from server.api import application
 from server.api.front import Front
-from server.api.protocol import UploadProtocol
+from server.api.pace import PatientProtocol
 from server.api.services import Services
 from server.auth import Authenticator, TokenUsers, UserTokens
 from server.delivery import Delivery, Links
@@ -47,7 +47,7 @@ def assemble(settings: Settings) -> Front:
         db=db,
         vault=vault,
         intake=Intake(settings, db, vault),
-        delivery=Delivery(db, vault),
+        delivery=Delivery(db, vault, settings.link_resource_policy),
         links=Links(settings.link_keys),
         authenticator=Authenticator(
             db, settings.api_key_cache_seconds, tokens=UserTokens.from_settings(settings), token_users=TokenUsers(settings, db)
@@ -97,13 +97,13 @@ def serve(settings: Settings) -> None:
             port=settings.port,
             workers=settings.processes,
             loop="uvloop",
-            http=UploadProtocol,
+            http=PatientProtocol,
             ws="none",
             lifespan="on",
             log_config=None,
             access_log=False,
             server_header=False,
-            proxy_headers=False,
+            proxy_headers=False,  # server/api/proxies.py decides whom to believe; uvicorn would believe everybody on this machine
             timeout_keep_alive=_KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=_GRACEFUL_STOP_SECONDS,
         )

@@ -206,6 +206,14 @@ class IncompleteBody(CofferError):
 
 
 @dataclass(slots=True, eq=False)
+class TooSlow(CofferError):
+    """The request came slower than the settings permit. Nothing was stored, and the connection is closed."""
+
+    code = "too_slow"
+    title = "The request arrived too slowly."
+
+
+@dataclass(slots=True, eq=False)
 class Damaged(CofferError):
     """The row exists but its bytes are gone or wrong; a sysadmin must restore them."""
 

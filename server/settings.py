@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -82,12 +82,6 @@ def _base_url(text: str) -> str:
     return text.rstrip("/")
 
 
-def _link_cache(text: str) -> str:
-    if text not in ("private", "public"):
-        raise ValueError("say private or public")
-    return text
-
-
 # Asymmetric ones only: whoever can check an HS* token can make one, and `none` is no signature (RFC 8725, sections 2.1 and 3.2).
 TokenAlgorithm = Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]
 _Text = Annotated[str, Meta(min_length=1, max_length=1024)]
@@ -153,6 +147,40 @@ def _is_loopback(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _networks(text: str) -> tuple[str, ...]:
+    """Addresses and networks in CIDR form. The whole internet is refused: who trusts everybody lets everybody choose an address."""
+    try:
+        networks = [ip_network(word) for word in _words(text)]
+    except ValueError:
+        networks = []
+    if (text.strip() and not networks) or any(network.prefixlen == 0 for network in networks):
+        raise ValueError("say addresses or networks without host bits, such as 127.0.0.1 10.0.0.0/8; not 0.0.0.0/0")
+    return tuple(map(str, networks))
+
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
+
+
+def _origins(text: str) -> tuple[str, ...]:
+    """Origins as browsers send them, since they are compared as they stand: lower case, without the scheme's own port."""
+    words = tuple(word.lower() for word in _words(text))
+    own_port = tuple(word for word in words if word.startswith("http://") and word.endswith(":80")) + tuple(
+        word for word in words if word.startswith("https://") and word.endswith(":443")
+    )
+    if words != ("*",) and (own_port or not all(map(_ORIGIN.fullmatch, words))):
+        raise ValueError("say * alone, or origins such as https://app.example.com or http://localhost:5173, without path and default port")
+    return words
+
+
+def _one_of(*choices: str) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"say {' or '.join(choices)}")
+        return text
+
+    return read
 
 
 def setting(
@@ -243,7 +271,9 @@ class Settings:
         300, "Who asks for the same link within such a window gets the same one; it lives up to this much longer.", read=_whole, at_least=1
     )
     link_cache: str = setting(
-        "private", "Who may cache what a link gives, for its life: `private` (browsers) or `public` (CDNs too).", read=_link_cache
+        "private",
+        "Who may cache what a link gives, for its life: `private` (browsers) or `public` (CDNs too).",
+        read=_one_of("private", "public"),
     )
     public_max_age_seconds: int = setting(
         300, "How long browsers and CDNs may keep a public file: the longest it is seen after that was ended.", read=_whole, at_least=0
@@ -259,6 +289,39 @@ class Settings:
     )
     token_keys_max_age_seconds: int = setting(
         86_400, "How long an issuer's keys are used while it cannot be reached.", read=_whole, at_least=60
+    )
+    link_resource_policy: str = setting(
+        "cross-origin",
+        "Whose pages may show what a link gives, as in <img>: `cross-origin` (any), `same-site` or `same-origin`.",
+        read=_one_of("cross-origin", "same-site", "same-origin"),
+    )
+
+    trusted_proxies: tuple[str, ...] = setting(
+        (), "Addresses or networks of proxies that are believed when they name the client, e.g. 127.0.0.1 10.0.0.0/8.", read=_networks
+    )
+    proxy_header: str = setting(
+        "x-forwarded-for",
+        "How they name it: `x-forwarded-for` (with X-Forwarded-Proto) or `forwarded` (RFC 7239). The other one is ignored.",
+        read=_one_of("x-forwarded-for", "forwarded"),
+    )
+    cors_origins: tuple[str, ...] = setting(
+        (), "Origins whose pages may call the API and use links, e.g. https://app.example.com; `*` for any.", read=_origins
+    )
+    hsts_seconds: int = setting(
+        31_536_000, "How long browsers that came by TLS keep to it (Strict-Transport-Security); 0 says nothing.", read=_whole, at_least=0
+    )
+    request_head_seconds: int = setting(20, "How long a client may take to send the head of a request.", read=_whole, at_least=1)
+    slow_upload_bytes_per_second: int = setting(
+        1 * KIB, "Slowest pace of a request's body; while the server is busy itself does not count. 0 permits any.", read=_whole, at_least=0
+    )
+    slow_upload_grace_seconds: int = setting(
+        30,
+        "Waiting time over which that pace is measured; also how long the rest of a refused body is read away.",
+        read=_whole,
+        at_least=1,
+    )
+    slow_download_grace_seconds: int = setting(
+        60, "After how long a client that takes no byte of its answer is cut off.", read=_whole, at_least=1
     )
     schema_documentation: bool = setting(True, "Serve the OpenAPI description and its page at /schema.", read=_boolean)
 

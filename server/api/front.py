@@ -5,6 +5,7 @@ begun to answer. Written against bare ASGI, because at a thousand small uploads 
 would be most of the cost.
 """
 
+import asyncio
 import logging
 import re
 import time
@@ -18,9 +19,12 @@ from uuid import UUID
 from uuid_utils import uuid7
 
 from server import logs
+from server.api.cors import Cors, Headers
 from server.api.download import download
 from server.api.linked import download_by_link, download_public
+from server.api.pace import PATIENCE, PacedBody
 from server.api.problems import HttpRefusal, Problem
+from server.api.proxies import Proxies
 from server.api.services import Services
 from server.api.upload import replace, upload, upload_by_link
 from server.errors import NotFound
@@ -49,17 +53,22 @@ class Front:
         self._services = services
         self._json_app = json_app
         self._running = running
+        self._proxies = Proxies(services.settings)
+        self._cors = Cors(services.settings)
+        seconds = services.settings.hsts_seconds
+        self._over_tls = ((b"strict-transport-security", f"max-age={seconds}".encode()),) if seconds else ()
 
     async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             await self._serve(scope, receive, send)
         elif scope["type"] == "lifespan":
-            await self._live(receive, send)
+            await self._live(scope, receive, send)
         else:
             await send({"type": "websocket.close", "code": 1000})
 
-    async def _live(self, receive: Receive, send: Send) -> None:
+    async def _live(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         await receive()
+        scope["state"][PATIENCE] = self._services.settings
         try:
             async with self._running():
                 await send({"type": "lifespan.startup.complete"})
@@ -71,7 +80,9 @@ class Front:
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _serve(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
-        exchange = _Exchange(scope, receive, send)
+        self._proxies.settle(scope)
+        body = PacedBody(self._services.settings, receive, asyncio.get_running_loop().time)
+        exchange = _Exchange(scope, body.receive, send, self._answer_headers(scope))
         metrics = self._services.metrics
         metrics.started()
         # Each request runs in a task of its own, so nothing needs to be reset.
@@ -79,6 +90,7 @@ class Front:
         try:
             await self._answer(exchange)
         finally:
+            body.close()
             route, status = exchange.route or scope.get("path_template"), exchange.final_status
             seconds = time.perf_counter() - exchange.began
             method = scope["method"] if scope["method"] in _METHODS else "OTHER"
@@ -105,6 +117,10 @@ class Front:
                 )
             )
 
+    def _answer_headers(self, scope: ASGIScope) -> Headers:
+        headers = self._cors.headers(scope)
+        return (*headers, *self._over_tls) if scope["scheme"] == "https" else headers
+
     async def _answer(self, exchange: "_Exchange") -> None:
         try:
             await self._route(exchange)
@@ -124,6 +140,10 @@ class Front:
     async def _route(self, exchange: "_Exchange") -> None:
         scope = exchange.scope
         path: str = scope["path"]
+        if scope["method"] == "OPTIONS" and (permitted := self._cors.preflight(scope)) is not None:
+            exchange.route, exchange.path_is_secret = "preflight", True  # it may be that of an upload link
+            await _send_no_content(exchange, permitted)
+            return
         if path.startswith(_FILES):
             file_id, _, last = path[len(_FILES) :].rpartition("/")
             byte_route = _BYTE_ROUTES.get((bool(file_id), last))
@@ -137,13 +157,28 @@ class Front:
             # A user id may hold slashes and percent signs: keep its segment as it was sent, for `users.py` to decode once.
             raw: bytes = scope.get("raw_path") or quote(path).encode("ascii")
             scope["path"] = raw.decode("latin-1")
+        if scope["method"] == "OPTIONS":
+            await self._tell_methods(exchange)
+            return
         await self._json_app(scope, exchange.receive, exchange.send)
+
+    async def _tell_methods(self, exchange: "_Exchange") -> None:
+        """Answers OPTIONS for a JSON route, without credentials. Raises `NotFound` where there is none.
+
+        Litestar's own answer names the methods of one of a path's handlers, behind its guards; its refusal of a method that no
+        route has names all.
+        """
+        try:
+            await self._json_app({**exchange.scope, "method": "TRACE"}, exchange.receive, exchange.send)
+        except HttpRefusal as refusal:
+            await _send_no_content(exchange, ((b"allow", refusal.headers["allow"].encode("ascii")),))
 
     async def _serve_link(self, exchange: "_Exchange", route: "_ByteRoute") -> None:
         exchange.route, exchange.path_is_secret = route.template, True
         scope = exchange.scope
         if scope["method"] not in route.methods:
-            raise HttpRefusal(405, {"allow": ", ".join(route.methods)})
+            await _refuse_method(exchange, route)
+            return
         raw: bytes = scope.get("raw_path") or quote(scope["path"]).encode("ascii")
         await route.handler(self._services, raw[3:].decode("latin-1"), scope, exchange.receive, exchange.send)
 
@@ -151,7 +186,8 @@ class Front:
         exchange.route = byte_route.template
         scope = exchange.scope
         if scope["method"] not in byte_route.methods:
-            raise HttpRefusal(405, {"allow": ", ".join(byte_route.methods)})
+            await _refuse_method(exchange, byte_route)
+            return
         if not file_id:
             await byte_route.handler(self._services, scope, exchange.receive, exchange.send)
             return
@@ -162,6 +198,19 @@ class Front:
         if known is None:
             raise NotFound
         await byte_route.handler(self._services, known, scope, exchange.receive, exchange.send)
+
+
+async def _refuse_method(exchange: "_Exchange", route: "_ByteRoute") -> None:
+    """Answers OPTIONS by what there is. Raises `HttpRefusal` for every other method, which the route does not have."""
+    allow = ", ".join((*route.methods, "OPTIONS"))
+    if exchange.scope["method"] != "OPTIONS":
+        raise HttpRefusal(405, {"allow": allow})
+    await _send_no_content(exchange, ((b"allow", allow.encode()),))
+
+
+async def _send_no_content(exchange: "_Exchange", headers: Headers) -> None:
+    await exchange.send({"type": "http.response.start", "status": 204, "headers": headers})
+    await exchange.send({"type": "http.response.body", "body": b""})
 
 
 class _ByteRoute(NamedTuple):
@@ -189,6 +238,7 @@ class _Exchange:
     """One request and its answer, watched on their way through."""
 
     __slots__ = (
+        "_added",
         "_raw_receive",
         "_raw_send",
         "began",
@@ -203,7 +253,8 @@ class _Exchange:
         "status",
     )
 
-    def __init__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
+    def __init__(self, scope: ASGIScope, receive: Receive, send: Send, added: Headers) -> None:
+        """`added` are headers for the answer, whoever gives it."""
         self.began = time.perf_counter()
         self.scope = scope
         self.route: str | None = None
@@ -213,6 +264,7 @@ class _Exchange:
         self.client_gone = False
         self.complete = False
         self.path_is_secret = False  # a link's: whoever reads the log must not be able to use it
+        self._added = added
         self._raw_receive = receive
         self._raw_send = send
         self.request_id = _request_id(scope)
@@ -238,7 +290,7 @@ class _Exchange:
             self.complete = not message.get("more_body", False)
         elif message["type"] == "http.response.start":
             self.status = message["status"]
-            message["headers"] = [*message.get("headers", ()), (b"x-request-id", self.request_id.encode("ascii"))]
+            message["headers"] = [*message.get("headers", ()), (b"x-request-id", self.request_id.encode("ascii")), *self._added]
         await self._raw_send(message)
 
 

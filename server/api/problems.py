@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from server import errors
-from server.errors import CofferError, InternalError, RangeNotSatisfiable, Unauthenticated
+from server.errors import CofferError, InternalError, RangeNotSatisfiable, TooSlow, Unauthenticated
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -36,6 +36,7 @@ STATUS: dict[type[CofferError], int] = {
     errors.KindRequired: 400,
     errors.DigestMismatch: 400,
     errors.IncompleteBody: 400,
+    errors.TooSlow: 408,
     errors.Damaged: 410,
     errors.IdempotencyInProgress: 409,
     errors.IdempotencyKeyReused: 422,
@@ -100,6 +101,8 @@ class Problem:
             case RangeNotSatisfiable(size_bytes=size_bytes):
                 headers["content-range"] = f"bytes */{size_bytes}"
                 headers["accept-ranges"] = "bytes"
+            case TooSlow():  # what is still to come of this request would be taken for the next
+                headers["connection"] = "close"
         return cls(status, _body(status, error.code, error.title, str(error), request_id, **error.extra()), headers)
 
     @classmethod
@@ -120,8 +123,15 @@ class Problem:
         await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else self.body})
 
 
-# An answer for one user must not stay in a shared cache, nor be taken for anything but what it says it is.
-COMMON_HEADERS = {"cache-control": "no-store", "x-content-type-options": "nosniff"}
+# An answer for one user must not stay in a shared cache, nor be taken for anything but what it says it is, nor be drawn into a page
+# of another origin (which asks for it by CORS instead). An address that is a link is told to nobody.
+COMMON_HEADERS = {
+    "cache-control": "no-store",
+    "x-content-type-options": "nosniff",
+    "cross-origin-resource-policy": "same-origin",
+    "referrer-policy": "no-referrer",
+}
+RAW_COMMON_HEADERS = [(name.encode("ascii"), value.encode("ascii")) for name, value in COMMON_HEADERS.items()]
 
 
 def _body(status: int, code: str, title: str, detail: str, request_id: str, **extra: object) -> bytes:

@@ -32,25 +32,21 @@ class UploadProtocol(HttpToolsProtocol):
         self._bytes_since_progress += len(data)
         super().data_received(data)
         if self._bytes_since_progress > MOST_HEAD_BYTES and not self.transport.is_closing():
-            self._refuse(431)
+            self._refuse(HttpRefusal(431))
 
     def send_400_response(self, msg: str) -> None:
         """Refuses what the parser could not read as HTTP. uvicorn has logged `msg`, which for us says no more than the status."""
-        self._refuse(400)
+        self._refuse(HttpRefusal(400))
 
-    def _refuse(self, status: int) -> None:
+    def _refuse(self, error: Exception) -> None:
         """Answers with problem+json and hangs up. No request has come of it, so the front neither sees, counts nor logs it."""
         request_id = str(uuid7())
-        log.info("refused before it was a request", extra={"request_id": request_id, "status": status})
-        problem = Problem.of(HttpRefusal(status), request_id)
-        headers = [
-            *self.server_state.default_headers,
-            *problem.raw_headers(),
-            (b"x-request-id", request_id.encode()),
-            (b"connection", b"close"),
-        ]
+        problem = Problem.of(error, request_id)
+        problem.headers["connection"] = "close"
+        log.info("refused before it was a request", extra={"request_id": request_id, "status": problem.status})
+        headers = [*self.server_state.default_headers, *problem.raw_headers(), (b"x-request-id", request_id.encode())]
         lines = [b"%b: %b\r\n" % each for each in headers]
-        self.transport.write(b"".join([STATUS_LINE[status], *lines, b"\r\n", problem.body]))
+        self.transport.write(b"".join([STATUS_LINE[problem.status], *lines, b"\r\n", problem.body]))
         self.transport.close()
 
     def on_message_begin(self) -> None:

@@ -20,7 +20,7 @@ from server import ledger
 from server.api.door import admit, check_kinds
 from server.api.files import file_json
 from server.api.multipart import Event, Field, FileData, FileEnd, FileStart, FormReader
-from server.api.problems import Problem
+from server.api.problems import RAW_COMMON_HEADERS, Problem
 from server.api.services import Services
 from server.auth import Principal, Scope
 from server.delivery.conditions import evaluate_if_match
@@ -350,5 +350,5 @@ async def _answer(send: Send, status: int, file: File, *, replayed: bool = False
 async def _send_json(send: Send, status: int, content: object, headers: list[tuple[bytes, bytes]]) -> None:
     body = msgspec.json.encode(content)
     fixed = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": [*fixed, *headers]})
+    await send({"type": "http.response.start", "status": status, "headers": [*fixed, *RAW_COMMON_HEADERS, *headers]})
     await send({"type": "http.response.body", "body": body, "more_body": False})

@@ -55,7 +55,7 @@ class Presentation:
     disposition: Disposition | None = None
     name: str | None = None
     cache_control: str = OWNER_CACHE_CONTROL
-    resource_policy: Literal["same-origin", "cross-origin"] = "same-origin"
+    resource_policy: str = "same-origin"
 
 
 _OWNERS = Presentation()
@@ -130,4 +130,5 @@ def validator_headers(file: Described, how: Presentation = _OWNERS) -> list[tupl
         ("x-content-type-options", "nosniff"),
         ("content-security-policy", CONTENT_SECURITY_POLICY),
         ("cross-origin-resource-policy", how.resource_policy),
+        ("referrer-policy", "no-referrer"),
     ]

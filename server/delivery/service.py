@@ -61,10 +61,12 @@ class Answer:
 class Delivery:
     """Answers requests for stored bytes. Knows no HTTP server; lives in one event loop."""
 
-    def __init__(self, db: Database, vault: Vault) -> None:
+    def __init__(self, db: Database, vault: Vault, link_resource_policy: str = "cross-origin") -> None:
+        """`link_resource_policy` is the Cross-Origin-Resource-Policy of what links and public files give."""
         self.link_epochs: dict[str, int] = {}  # by user directory, as last heard from the database
         self._db = db
         self._vault = vault
+        self._link_resource_policy = link_resource_policy
 
     async def open(
         self, user_id: str, file_id: UUID, method: str, headers: Mapping[str, str], disposition: Disposition | None = None
@@ -83,7 +85,7 @@ class Delivery:
         While the database is away the link itself says what the row would, so links are served all the same; a file that is
         gone from the disk or whose user has revoked links is `NotFound` then too. Raises as `open`.
         """
-        how = Presentation(link.disposition, link.file_name, cache_control, "cross-origin")
+        how = Presentation(link.disposition, link.file_name, cache_control, self._link_resource_policy)
         try:
             return await self._open(
                 lambda: ledger.get_linked_file(self._db, link.id, link.generation, link.link_epoch), method, headers, how
@@ -99,7 +101,7 @@ class Delivery:
 
     async def open_public(self, public_id: str, method: str, headers: Mapping[str, str], cache_control: str) -> Answer:
         """The answer to whoever knows a public file's URL. Raises as `open`."""
-        how = Presentation(None, None, cache_control, "cross-origin")
+        how = Presentation(None, None, cache_control, self._link_resource_policy)
         return await self._open(lambda: ledger.get_public_file(self._db, public_id), method, headers, how)
 
     async def refresh_link_epochs(self) -> None:

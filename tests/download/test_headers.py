@@ -142,6 +142,7 @@ def test_a_picture() -> None:
         "x-content-type-options": "nosniff",
         "content-security-policy": "sandbox; default-src 'none'; img-src 'self'; media-src 'self'; style-src 'unsafe-inline'",
         "cross-origin-resource-policy": "same-origin",
+        "referrer-policy": "no-referrer",
     }
     assert set(validator_headers(file)) < set(representation_headers(file))
 
