@@ -1,21 +1,23 @@
 """The composition root: makes every service once and hands it to those that need it."""
 
 import logging
+import resource
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import ExitStack, asynccontextmanager
 
 import uvicorn
 
-from server import logs
+from server import logs, metrics, rates
 from server.api import application
 from server.api.front import Front
+from server.api.limits import Limits
 from server.api.pace import PatientProtocol
 from server.api.services import Services
 from server.auth import Authenticator, TokenUsers, UserTokens
 from server.delivery import Delivery, Links
 from server.intake import Housekeeping, Intake
 from server.ledger import Database
-from server.metrics import shared_by_processes
+from server.rates import Buckets
 from server.settings import SettingError, Settings, variable
 from server.vault import Vault
 
@@ -52,6 +54,7 @@ def assemble(settings: Settings) -> Front:
         authenticator=Authenticator(
             db, settings.api_key_cache_seconds, tokens=UserTokens.from_settings(settings), token_users=TokenUsers(settings, db)
         ),
+        limits=Limits(settings, Buckets()),
     )
     return Front(services, application.build(services), lambda: _running(services))
 
@@ -81,6 +84,12 @@ async def _running(services: Services) -> AsyncIterator[None]:
         log.info("stopped")
 
 
+def _raise_file_limit() -> None:
+    """An upload to disk takes two files, and the soft limit is 1,024 by custom (for select(2), which nothing here uses): 500 uploads."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def serve(settings: Settings) -> None:
     """Serves until SIGTERM or SIGINT. The processes read their settings from the environment, as `create_app` does.
 
@@ -89,7 +98,11 @@ def serve(settings: Settings) -> None:
     _check_link_keys(settings)
     logs.configure(settings.log_level)
     UserTokens.from_settings(settings)  # a key file that is wrong is told here, and not by each process anew
-    with shared_by_processes() if settings.processes > 1 else nullcontext():
+    _raise_file_limit()
+    with ExitStack() as sharing:
+        if settings.processes > 1:
+            sharing.enter_context(metrics.shared_by_processes())
+            sharing.enter_context(rates.shared_by_processes())
         uvicorn.run(
             "server.app:create_app",
             factory=True,

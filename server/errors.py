@@ -256,6 +256,28 @@ class UserErasing(CofferError):
     title = "This user is being deleted."
 
 
+# Limits
+
+
+@dataclass(slots=True, eq=False)
+class RateLimited(CofferError):
+    """Too many requests. `policy` names the limit, as `RateLimit-Policy` does; the next request may come after `retry_after_seconds`."""
+
+    code = "rate_limited"
+    title = "Too many requests."
+    policy: str
+    retry_after_seconds: int
+
+
+@dataclass(slots=True, eq=False)
+class TooManyUploads(CofferError):
+    """The user has as many uploads under way, or unused upload links, as one user may have."""
+
+    code = "too_many_uploads"
+    title = "The user has too many uploads or upload links open."
+    limit: int
+
+
 # The machine
 
 

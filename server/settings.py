@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from ipaddress import ip_address, ip_network
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -27,6 +27,17 @@ _SHORTEST_LINK_KEY = 32
 
 class SettingError(ValueError):
     """A setting is missing or cannot be understood. The message names the variable and the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """So many requests at once, regained evenly over so many seconds."""
+
+    requests: int
+    seconds: int
+
+    def __str__(self) -> str:
+        return f"{self.requests}/{self.seconds}"
 
 
 def _whole(text: str) -> int:
@@ -149,15 +160,15 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _networks(text: str) -> tuple[str, ...]:
+def _networks(text: str) -> tuple[IPv4Network | IPv6Network, ...]:
     """Addresses and networks in CIDR form. The whole internet is refused: who trusts everybody lets everybody choose an address."""
     try:
-        networks = [ip_network(word) for word in _words(text)]
+        networks = tuple(ip_network(word) for word in _words(text))
     except ValueError:
-        networks = []
+        networks = ()
     if (text.strip() and not networks) or any(network.prefixlen == 0 for network in networks):
-        raise ValueError("say addresses or networks without host bits, such as 127.0.0.1 10.0.0.0/8; not 0.0.0.0/0")
-    return tuple(map(str, networks))
+        raise ValueError("say addresses or networks without host bits, such as 127.0.0.1 10.0.0.0/8 2001:db8::/48; not 0.0.0.0/0")
+    return networks
 
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
@@ -181,6 +192,16 @@ def _one_of(*choices: str) -> Callable[[str], str]:
         return text
 
     return read
+
+
+def _rate(text: str) -> Rate | None:
+    if text.strip().lower() in {"", "off", "none", "unlimited"}:
+        return None
+    match = re.fullmatch(r"\s*([0-9_]{1,12})\s*/\s*([0-9_]{1,9})\s*", text)
+    rate = Rate(_whole(match[1]), _whole(match[2])) if match else None
+    if rate is None or rate.requests < 1 or rate.seconds < 1:
+        raise ValueError("say requests/seconds, such as 600/60, or off")
+    return rate
 
 
 def setting(
@@ -230,7 +251,7 @@ class Settings:
     )
     buffered_total_bytes: int = setting(
         64 * MIB,
-        "Bytes that all buffered uploads of a process may hold together; past it they go to disk at once.",
+        "Bytes that all buffered uploads of a process may hold together, one user's a quarter of it; past it they go to disk at once.",
         read=_whole,
         at_least=0,
     )
@@ -296,7 +317,7 @@ class Settings:
         read=_one_of("cross-origin", "same-site", "same-origin"),
     )
 
-    trusted_proxies: tuple[str, ...] = setting(
+    trusted_proxies: tuple[IPv4Network | IPv6Network, ...] = setting(
         (), "Addresses or networks of proxies that are believed when they name the client, e.g. 127.0.0.1 10.0.0.0/8.", read=_networks
     )
     proxy_header: str = setting(
@@ -322,6 +343,25 @@ class Settings:
     )
     slow_download_grace_seconds: int = setting(
         60, "After how long a client that takes no byte of its answer is cut off.", read=_whole, at_least=1
+    )
+    rate_per_user: Rate | None = setting(
+        Rate(60_000, 60), "Requests for one user with one key, as requests/seconds; `off` for any number. See Limits.", read=_rate
+    )
+    rate_per_key: Rate | None = setting(None, "Requests with one key, whomever it acts for.", read=_rate)
+    rate_links_per_address: Rate | None = setting(
+        Rate(60_000, 60), "Requests of signed links and public files from one address.", read=_rate
+    )
+    rate_failures_per_address: Rate | None = setting(
+        Rate(600, 60), "Requests from one address that are answered 401. Past it, credentials from there are refused unseen.", read=_rate
+    )
+    rate_exempt_addresses: tuple[IPv4Network | IPv6Network, ...] = setting(
+        (), "Addresses and networks for which the limits per address do not hold, such as those of your own backends.", read=_networks
+    )
+    uploads_at_once_per_user: int | None = setting(
+        256, "Uploads that one user may have under way; `unlimited` for any number.", read=_optional_whole, at_least=1
+    )
+    upload_links_per_user: int | None = setting(
+        1_000, "Upload links of one user that have brought no file yet; `unlimited` for any number.", read=_optional_whole, at_least=1
     )
     schema_documentation: bool = setting(True, "Serve the OpenAPI description and its page at /schema.", read=_boolean)
 

@@ -18,8 +18,20 @@ AnyConnection = ASGIConnection[Any, Any, Any, Any]
 async def admit(services: Services, scope: MutableMapping[str, Any], needed: Scope) -> Principal:
     """Who sent the request of this ASGI scope, provided they may do what is needed. Kept in the scope's state for the log.
 
-    Raises what `Authenticator.principal` raises. A repeated header is refused: two readers could pick different ones.
+    Raises what `Authenticator.principal` raises, and `RateLimited`. A repeated header is refused: two readers could pick different ones.
     """
+    services.limits.check_failures(scope)
+    try:
+        principal = await _principal(services, scope, needed)
+    except Unauthenticated:
+        services.limits.count_failure(scope)
+        raise
+    scope.setdefault("state", {})["principal"] = principal
+    services.limits.count_request(scope, principal)
+    return principal
+
+
+async def _principal(services: Services, scope: MutableMapping[str, Any], needed: Scope) -> Principal:
     authorization: str | None = None
     acting_user: str | None = None
     for name, value in scope["headers"]:
@@ -33,9 +45,7 @@ async def admit(services: Services, scope: MutableMapping[str, Any], needed: Sco
             # Bytes that are not UTF-8 become lone surrogates, which no user id may hold, and are refused after the credentials.
             acting_user = value.decode("utf-8", "surrogateescape")
     client = scope.get("client")
-    principal = await services.authenticator.principal(authorization, acting_user, needed, client[0] if client else None)
-    scope.setdefault("state", {})["principal"] = principal
-    return principal
+    return await services.authenticator.principal(authorization, acting_user, needed, client[0] if client else None)
 
 
 async def check_kinds(services: Services, principal: Principal, file_id: UUID) -> None:

@@ -21,6 +21,7 @@ from uuid_utils import uuid7
 from server import logs
 from server.api.cors import Cors, Headers
 from server.api.download import download
+from server.api.limits import rate_headers
 from server.api.linked import download_by_link, download_public
 from server.api.pace import PATIENCE, PacedBody
 from server.api.problems import HttpRefusal, Problem
@@ -179,6 +180,7 @@ class Front:
         if scope["method"] not in route.methods:
             await _refuse_method(exchange, route)
             return
+        self._services.limits.count_link(scope)
         raw: bytes = scope.get("raw_path") or quote(scope["path"]).encode("ascii")
         await route.handler(self._services, raw[3:].decode("latin-1"), scope, exchange.receive, exchange.send)
 
@@ -290,7 +292,12 @@ class _Exchange:
             self.complete = not message.get("more_body", False)
         elif message["type"] == "http.response.start":
             self.status = message["status"]
-            message["headers"] = [*message.get("headers", ()), (b"x-request-id", self.request_id.encode("ascii")), *self._added]
+            message["headers"] = [
+                *message.get("headers", ()),
+                (b"x-request-id", self.request_id.encode("ascii")),
+                *rate_headers(self.scope),
+                *self._added,
+            ]
         await self._raw_send(message)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from server import errors
-from server.errors import CofferError, InternalError, RangeNotSatisfiable, TooSlow, Unauthenticated
+from server.errors import CofferError, InternalError, RangeNotSatisfiable, RateLimited, TooSlow, Unauthenticated
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -42,6 +42,8 @@ STATUS: dict[type[CofferError], int] = {
     errors.IdempotencyKeyReused: 422,
     errors.Conflict: 409,
     errors.UserErasing: 409,
+    errors.RateLimited: 429,
+    errors.TooManyUploads: 429,
     errors.VolumeFull: 507,
     errors.VolumeUnavailable: 503,
     errors.VolumeReadOnly: 503,
@@ -54,6 +56,7 @@ STATUS: dict[type[CofferError], int] = {
 RETRY_AFTER_SECONDS: dict[type[CofferError], int] = {
     errors.TokenKeysUnavailable: 10,
     errors.IdempotencyInProgress: 2,
+    errors.TooManyUploads: 5,
     errors.VolumeUnavailable: 30,
     errors.VolumeReadOnly: 30,
     errors.DatabaseUnavailable: 5,
@@ -98,6 +101,8 @@ class Problem:
         match error:
             case Unauthenticated():
                 headers["www-authenticate"] = 'Bearer realm="coffer"'
+            case RateLimited(retry_after_seconds=seconds):
+                headers["retry-after"] = str(seconds)
             case RangeNotSatisfiable(size_bytes=size_bytes):
                 headers["content-range"] = f"bytes */{size_bytes}"
                 headers["accept-ranges"] = "bytes"

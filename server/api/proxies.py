@@ -7,7 +7,7 @@ the one form that the settings name: a proxy that writes X-Forwarded-For passes 
 import re
 from collections.abc import MutableMapping
 from functools import lru_cache
-from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any
 
 from server.settings import Settings
@@ -39,7 +39,7 @@ class Proxies:
     """Puts the true client into a request's scope, for the log, limits and keys that hold for some networks only."""
 
     def __init__(self, settings: Settings) -> None:
-        self._trusted = [ip_network(each) for each in settings.trusted_proxies]
+        self._trusted = settings.trusted_proxies
         self._rfc_7239 = settings.proxy_header == "forwarded"
         self._trusts = lru_cache(maxsize=1024)(self._is_trusted)
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from server.api.limits import Limits
 from server.auth import Authenticator
 from server.delivery import Delivery, Links
 from server.intake import Intake
@@ -22,4 +23,5 @@ class Services:
     delivery: Delivery
     links: Links
     authenticator: Authenticator
+    limits: Limits
     metrics: Metrics = field(default_factory=Metrics)

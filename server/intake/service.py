@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import PurePosixPath
 from typing import NamedTuple
@@ -27,6 +28,7 @@ from server.errors import (
     LinkExpired,
     LinkUsed,
     NotFound,
+    TooManyUploads,
 )
 from server.intake.upload import MOST_GENERATIONS_TRIED, Details, Upload
 from server.kinds import Allowed
@@ -41,6 +43,7 @@ _MOST_PLACEMENTS = 10_000
 _NOWHERE = (-1.0, None, datetime.min)  # noqa: DTZ901 - compared with nothing
 _COPY_BYTES = 2**20
 _ERASE_BATCH_FILES = 1_000
+_BUFFER_SHARES = 4  # one user's small uploads hold at most one of so many parts of the memory for all
 
 log = logging.getLogger("coffer.intake")
 
@@ -50,6 +53,14 @@ class Placement(NamedTuple):
 
     volume: Volume
     since: datetime
+
+
+@dataclass(slots=True)
+class Load:
+    """What one user's uploads in this process weigh on it."""
+
+    uploads: int = 0
+    buffered_bytes: int = 0
 
 
 class Intake:
@@ -63,12 +74,38 @@ class Intake:
         self.allowed = Allowed.from_settings(settings)
         self.live: set[UUID] = set()  # uploads of this process that hold a reservation; housekeeping renews their leases
         self.buffered_bytes = 0  # held in memory by small uploads together
+        self._loads: dict[str, Load] = {}  # of users with an upload under way
         self._placements: dict[str, tuple[float, UUID | None, datetime]] = {}
 
-    @property
-    def buffered_is_full(self) -> bool:
-        """Whether small uploads together hold as much memory as they may; the next ones go to disk at once."""
-        return self.buffered_bytes > self.settings.buffered_total_bytes
+    def buffer(self, load: Load, size_bytes: int) -> bool:
+        """Counts bytes that a small upload of that user holds in memory, or (negative) no longer does.
+
+        False when the user's uploads, or all, hold as much as they may: this one is to go to disk at once. Nobody's slow uploads can take
+        the memory from everybody else's.
+        """
+        self.buffered_bytes += size_bytes
+        load.buffered_bytes += size_bytes
+        most = self.settings.buffered_total_bytes
+        return self.buffered_bytes <= most and load.buffered_bytes <= most // _BUFFER_SHARES
+
+    def enter(self, user_id: str) -> Load:
+        """Counts one more upload of the user under way in this process, until `leave`.
+
+        Raises `TooManyUploads`. The ledger counts those with a reservation for all processes together; this counts also small uploads,
+        which have none before they end, so that they need not ask the ledger.
+        """
+        load = self._loads.setdefault(user_id, Load())
+        most = self.settings.uploads_at_once_per_user
+        if most is not None and load.uploads >= most:
+            raise TooManyUploads(most)
+        load.uploads += 1
+        return load
+
+    def leave(self, user_id: str, load: Load) -> None:
+        """The upload is over. To be called once for each `enter`."""
+        load.uploads -= 1
+        if not load.uploads:
+            del self._loads[user_id]
 
     async def placed(self, user_id: str) -> Placement:
         """The user's place; makes the user with the default quota, on the roomiest volume, when there is none.
@@ -106,7 +143,7 @@ class Intake:
         `declared_bytes` is binding, `likely_bytes` a guess at an undeclared length (0: none), `expected` digests by RFC 9530
         name. A file that is being replaced pays only for what it grows by. Bytes of other than these `kinds` (None: all) are
         refused as if they were not stored here, as soon as they show what they are. Raises `FileTooLarge`, `QuotaExceeded`,
-        `VolumeFull`, `VolumeReadOnly`, `VolumeUnavailable`, `UserErasing`, `DatabaseUnavailable`.
+        `TooManyUploads`, `VolumeFull`, `VolumeReadOnly`, `VolumeUnavailable`, `UserErasing`, `DatabaseUnavailable`.
         """
         upload = await self._prepare(user_id, declared_bytes, likely_bytes, expected, replacing, None, kinds)
         if declared_bytes is not None and declared_bytes > self.settings.buffered_body_bytes:
@@ -183,6 +220,7 @@ class Intake:
                 idempotency_key=None,
                 lease_seconds=ttl_seconds,
                 link=link,
+                most=self.settings.upload_links_per_user,
             )
         except NotFound as problem:  # erased since we looked
             self.forget(user_id)
@@ -194,7 +232,8 @@ class Intake:
 
         Raises `LinkUsed` when it has been or is being used, `LinkExpired` when its reservation is gone, and as `begin`.
         """
-        claimed = await ledger.claim_link(self.db, upload_id, self.settings.reservation_lease_seconds)
+        settings = self.settings
+        claimed = await ledger.claim_link(self.db, upload_id, settings.reservation_lease_seconds, settings.uploads_at_once_per_user)
         if claimed is None:
             # In this order: the row of the reservation goes in the transaction that adds the file's.
             if await ledger.live_uploads(self.db, [upload_id]) or await ledger.find_file_anywhere(self.db, upload_id):
@@ -205,23 +244,23 @@ class Intake:
                 raise FileTooLarge(claimed.reserved_bytes)
             placement = await self.placed(claimed.user_id)
             placement.volume.check_writable(declared_bytes or 0)
+            upload = Upload(
+                self,
+                upload_id,
+                claimed.user_id,
+                placement,
+                declared_bytes=declared_bytes,
+                likely_bytes=0,
+                free_of_charge_bytes=0,
+                expected=expected,
+                idempotency_key=None,
+                allowed=self.allowed.only(claimed.link.kinds),
+                claimed=claimed,
+            )
         except BaseException:
             await ledger.unclaim_link(self.db, upload_id)
             raise
         self.live.add(upload_id)
-        upload = Upload(
-            self,
-            upload_id,
-            claimed.user_id,
-            placement,
-            declared_bytes=declared_bytes,
-            likely_bytes=0,
-            free_of_charge_bytes=0,
-            expected=expected,
-            idempotency_key=None,
-            allowed=self.allowed.only(claimed.link.kinds),
-            claimed=claimed,
-        )
         return upload, claimed.link
 
     async def close_link(self, user_id: str, upload_id: UUID, kinds: frozenset[str] | None = None) -> None:

@@ -56,6 +56,7 @@ class Details:
 class Upload:
     """An upload under way. Made by `Intake.begin`; then `write` per chunk, and `finish` or `replace`; `abort` on any failure.
 
+    Making one raises `TooManyUploads` when the user has as many.
     Memory is bounded: up to `buffered_body_bytes` wait in memory and go to disk in one hop at the end, charged at the commit
     alone. Anything longer, or of a length not declared and grown past that, holds a reservation and streams to the volume, at
     most one batch in memory. After a crash its reservation expires and its bytes in incoming/ are removed by housekeeping.
@@ -76,6 +77,7 @@ class Upload:
         allowed: Allowed,
         claimed: ClaimedLink | None = None,
     ) -> None:
+        self._load = intake.enter(user_id)
         self.id = upload_id
         self.user_id = user_id
         self.received_bytes = 0
@@ -119,6 +121,7 @@ class Upload:
                     reserved_bytes=charge,
                     idempotency_key=self._idempotency_key,
                     lease_seconds=self._intake.settings.reservation_lease_seconds,
+                    most=self._intake.settings.uploads_at_once_per_user,
                 )
                 self._intake.live.add(self.id)
             elif charge != self._reserved_bytes:
@@ -163,8 +166,8 @@ class Upload:
         self._chunks.append(chunk)
         self._chunks_bytes += len(chunk)
         if self._buffering:
-            self._intake.buffered_bytes += len(chunk)
-            if self.received_bytes > self._intake.settings.buffered_body_bytes or self._intake.buffered_is_full:
+            has_room = self._intake.buffer(self._load, len(chunk))
+            if self.received_bytes > self._intake.settings.buffered_body_bytes or not has_room:
                 await self._spill()
         elif self._chunks_bytes >= BATCH_BYTES:
             await self._flush()
@@ -185,7 +188,7 @@ class Upload:
     def _stop_buffering(self) -> None:
         if self._buffering:
             self._buffering = False
-            self._intake.buffered_bytes -= self._chunks_bytes
+            self._intake.buffer(self._load, -self._chunks_bytes)
 
     async def _flush(self) -> None:
         """Hands the batch to a thread and waits: with several uploads at a time the cores are busy anyway."""
@@ -354,6 +357,7 @@ class Upload:
         """Over: the row has taken the reservation's place, or time will settle it."""
         self._over = True
         self._intake.live.discard(self.id)
+        self._intake.leave(self.user_id, self._load)
         self._keep_promise(self._promised_bytes)
 
     async def abort(self) -> None:

@@ -20,6 +20,7 @@ from server.errors import (
     InvalidRequest,
     NotFound,
     QuotaExceeded,
+    TooManyUploads,
     UserErasing,
 )
 from server.settings import Settings
@@ -206,6 +207,8 @@ def _meaning(problem: asyncpg.PostgresError, state: str) -> CofferError | None:
         return QuotaExceeded(**json.loads(problem.detail or "{}"))
     if state == "CF003":
         return UserErasing()
+    if state == "CF005":
+        return TooManyUploads(int(problem.detail or 0))
     if state.startswith((*_LOST, *_REFUSED)) or state in _RETRY:
         return DatabaseUnavailable()
     if state.startswith("22"):

@@ -31,14 +31,17 @@ async def open_reservation(
     idempotency_key: str | None,
     lease_seconds: float,
     link: UploadLink | None = None,
+    most: int | None = None,
 ) -> None:
     """Charges the quota before a byte is read. A crash gives the bytes back when the lease ends.
 
-    With `link` the reservation is an upload link's, and its lease the life of the link.
-    Raises `QuotaExceeded`, `UserErasing`, `NotFound` (no such user) and `IdempotencyInProgress` (another upload holds the key).
+    With `link` the reservation is an upload link's, and its lease the life of the link. `most` limits the user's uploads under way, or
+    with `link` the user's upload links, in this statement and with this one.
+    Raises `QuotaExceeded`, `TooManyUploads`, `UserErasing`, `NotFound` (no such user) and `IdempotencyInProgress` (another upload holds
+    the key).
     """
     encoded = None if link is None else msgspec.json.encode(link).decode()
-    await db.write(_OPEN, upload_id, user_id, volume_id, reserved_bytes, idempotency_key, lease_seconds, encoded)
+    await db.write(_OPEN, upload_id, user_id, volume_id, reserved_bytes, idempotency_key, lease_seconds, encoded, most)
 
 
 async def resize_reservation(db: Database, upload_id: UUID, to_bytes: int) -> None:
@@ -62,9 +65,12 @@ async def release_expired(db: Database, limit: int = 1000) -> list[UUID]:
     return [row["id"] for row in await db.write(_EXPIRED, limit, patience=LONG_PATIENCE_SECONDS)]
 
 
-async def claim_link(db: Database, upload_id: UUID, lease_seconds: float) -> ClaimedLink | None:
-    """Takes an upload link for one upload. None when it is used up, in use, given up or past its end."""
-    rows = await db.write(_CLAIM, upload_id, lease_seconds)
+async def claim_link(db: Database, upload_id: UUID, lease_seconds: float, most: int | None = None) -> ClaimedLink | None:
+    """Takes an upload link for one upload. None when it is used up, in use, given up or past its end.
+
+    `most` limits the user's uploads under way, with this one: raises `TooManyUploads`, and leaves the link as it was.
+    """
+    rows = await db.write(_CLAIM, upload_id, lease_seconds, most)
     if not rows:
         return None
     row = rows[0]

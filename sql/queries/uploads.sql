@@ -1,9 +1,8 @@
 -- Reservations: quota held by uploads under way.
 
 -- name: open_reservation
--- Charges the quota for an upload. The lease is in seconds.
-insert into uploads (id, user_id, volume_id, reserved_bytes, idempotency_key, expires_at, link)
-values ($1, $2, $3, $4, $5, clock_timestamp() + make_interval(secs => $6), $7);
+-- Charges the quota for an upload, or for an upload link ($7). The lease is in seconds. $8 limits how many the user may have.
+select open_upload_v1($1, $2, $3, $4, $5, $6, $7, $8);
 
 -- name: resize_reservation
 -- Makes a reservation larger, which the trigger may refuse, or smaller.
@@ -19,11 +18,9 @@ update uploads u
   from mine where u.id = mine.id;
 
 -- name: claim_link
--- Takes an upload link's reservation for one upload, until the lease of $2 seconds ends. Nothing when it is gone or in use.
-update uploads
-   set claimed_until = clock_timestamp() + make_interval(secs => $2)
- where id = $1 and link is not null and expires_at > clock_timestamp() and (claimed_until is null or claimed_until < clock_timestamp())
-returning user_id, reserved_bytes, link;
+-- Takes an upload link's reservation for one upload, until the lease of $2 seconds ends. Nothing when it is gone or in use. $3 limits how
+-- many uploads the user may have under way.
+select user_id, reserved_bytes, link from claim_link_v1($1, $2, $3);
 
 -- name: unclaim_link
 -- Leaves an upload link to be tried again.

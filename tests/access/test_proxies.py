@@ -1,6 +1,7 @@
 """Whom a request comes from: forwarding headers count from trusted proxies alone, and internal ones from nobody."""
 
 import json
+from ipaddress import ip_network
 from typing import Any
 from urllib.parse import quote
 
@@ -17,7 +18,7 @@ XFF, PROTO, FORWARDED = "X-Forwarded-For", "X-Forwarded-Proto", "Forwarded"
 
 
 def trusting(header: str = "x-forwarded-for") -> Settings:
-    return Settings(trusted_proxies=("10.0.0.0/8", "fd00::/8", "127.0.0.1/32"), proxy_header=header)
+    return Settings(trusted_proxies=tuple(map(ip_network, ("10.0.0.0/8", "fd00::/8", "127.0.0.1/32"))), proxy_header=header)
 
 
 def settled(settings: Settings, peer: str | None, *headers: tuple[str, str], scheme: str = "http") -> dict[str, Any]:
@@ -153,7 +154,7 @@ def test_networks_that_are_none(text: str) -> None:
 
 def test_networks() -> None:
     loaded = Settings.load({"DATABASE_URL": "postgresql://x/y", "COFFER_TRUSTED_PROXIES": "127.0.0.1, 10.0.0.0/8 ::1"})
-    assert loaded.trusted_proxies == ("127.0.0.1/32", "10.0.0.0/8", "::1/128")
+    assert list(map(str, loaded.trusted_proxies)) == ["127.0.0.1/32", "10.0.0.0/8", "::1/128"]
     with pytest.raises(SettingError, match="COFFER_PROXY_HEADER: say x-forwarded-for or forwarded"):
         Settings.load({"DATABASE_URL": "postgresql://x/y", "COFFER_PROXY_HEADER": "x-real-ip"})
 

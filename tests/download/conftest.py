@@ -11,11 +11,14 @@ import msgspec
 import pytest
 
 from server import ledger
+from server.api.limits import Limits
 from server.api.services import Services
 from server.auth import Principal, Scope
 from server.delivery import Delivery
 from server.errors import NotFound, Unauthenticated
 from server.ledger.models import File
+from server.rates import Buckets
+from server.settings import Settings
 from server.vault import Vault
 from server.vault.sentinel import init_volume
 from tests.download.samples import OWNER, a_file
@@ -91,7 +94,8 @@ def delivery(vault: Vault) -> Delivery:
 
 @pytest.fixture
 def services(vault: Vault, delivery: Delivery) -> Services:
-    return cast("Services", SimpleNamespace(vault=vault, delivery=delivery, authenticator=FakeAuthenticator()))
+    limits = Limits(Settings(), Buckets())
+    return cast("Services", SimpleNamespace(vault=vault, delivery=delivery, authenticator=FakeAuthenticator(), limits=limits))
 
 
 class Exchange:
