@@ -15,8 +15,9 @@ DATA ?= .coffer
 TESTS ?=
 # Sections for `make bench`: make bench BENCH="large small"
 BENCH ?=
-# Debian packages that tests run: strace shows the order of system calls, curl runs the tour of the README.
-TEST_PACKAGES := curl strace
+# Commands that tests run, with their Debian packages: strace shows the order of system calls, curl runs the tour of the README,
+# clamd scans uploads.
+TEST_PACKAGES := curl=curl strace=strace clamd=clamav-daemon
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -76,7 +77,7 @@ help:
 
 .PHONY: test-packages
 test-packages:
-	@missing=; for package in $(TEST_PACKAGES); do command -v $$package >/dev/null || missing+=" $$package"; done; \
+	@missing=; PATH=$$PATH:/usr/sbin; for each in $(TEST_PACKAGES); do command -v $${each%=*} >/dev/null || missing+=" $${each#*=}"; done; \
 	if [[ -z $$missing ]]; then exit; fi; \
 	if [[ $$(id -u) == 0 ]] && command -v apt-get >/dev/null; then \
 		echo "coffer: installing for the tests:$$missing"; \

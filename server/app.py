@@ -15,7 +15,7 @@ from server.api.pace import PatientProtocol
 from server.api.services import Services
 from server.auth import Authenticator, TokenUsers, UserTokens
 from server.delivery import Delivery, Links
-from server.intake import Housekeeping, Intake
+from server.intake import Housekeeping, Intake, Scanner
 from server.ledger import Database
 from server.rates import Buckets
 from server.settings import SettingError, Settings, variable
@@ -44,17 +44,21 @@ def assemble(settings: Settings) -> Front:
     _check_link_keys(settings)
     db = Database(settings)
     vault = Vault(settings.volume_reserve_bytes)
+    figures = metrics.Metrics()
+    scanner = Scanner(settings, figures) if settings.clamd else None
     services = Services(
         settings=settings,
         db=db,
         vault=vault,
-        intake=Intake(settings, db, vault),
+        intake=Intake(settings, db, vault, scanner),
         delivery=Delivery(db, vault, settings.link_resource_policy),
         links=Links(settings.link_keys),
         authenticator=Authenticator(
             db, settings.api_key_cache_seconds, tokens=UserTokens.from_settings(settings), token_users=TokenUsers(settings, db)
         ),
         limits=Limits(settings, Buckets()),
+        scanner=scanner,
+        metrics=figures,
     )
     return Front(services, application.build(services), lambda: _running(services))
 
@@ -74,11 +78,15 @@ async def _running(services: Services) -> AsyncIterator[None]:
     try:
         await housekeeping.start()
         await services.authenticator.start()
+        if services.scanner is not None:
+            await services.scanner.warn_if_away()
         log.info("started")
         yield
         await services.authenticator.stop()
         await housekeeping.stop()
     finally:
+        if services.scanner is not None:
+            services.scanner.close()
         services.vault.close()
         await services.db.close()
         log.info("stopped")

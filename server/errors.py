@@ -214,6 +214,25 @@ class TooSlow(CofferError):
 
 
 @dataclass(slots=True, eq=False)
+class Infected(CofferError):
+    """The virus scanner knows these bytes by the name in `signature`. Nothing was stored; the refusal is recorded."""
+
+    code = "infected"
+    title = "The file is infected; it was not stored."
+    signature: str
+
+
+@dataclass(slots=True, eq=False)
+class NotScannable(CofferError):
+    """The virus scanner cannot judge these bytes. `reason` is `size`, more than `limit_bytes`, or `limits`, some other one of its own."""
+
+    code = "not_scannable"
+    title = "The file cannot be checked for viruses, so it was not stored."
+    reason: str
+    limit_bytes: int
+
+
+@dataclass(slots=True, eq=False)
 class Damaged(CofferError):
     """The row exists but its bytes are gone or wrong; a sysadmin must restore them."""
 
@@ -311,6 +330,14 @@ class DatabaseUnavailable(CofferError):
 
     code = "database_unavailable"
     title = "The database is not available."
+
+
+@dataclass(slots=True, eq=False)
+class ScannerUnavailable(CofferError):
+    """The virus scanner is down, too slow, or answers what cannot be understood. Nothing was stored; asking again is safe."""
+
+    code = "scanner_unavailable"
+    title = "Files cannot be checked for viruses at the moment."
 
 
 @dataclass(slots=True, eq=False)

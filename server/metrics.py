@@ -55,6 +55,15 @@ class Metrics:
         self._in_flight = Gauge(
             "coffer_http_requests_in_flight", "Requests under way.", registry=self._registry, multiprocess_mode="livesum"
         )
+        self._scans = Counter(
+            "coffer_scans", "Files that came to the virus scanner, by what became of them.", ("result",), registry=self._registry
+        )
+        self._scan_seconds = Histogram(
+            "coffer_scan_duration_seconds",
+            "Time from a scan's request to its verdict, waiting for its turn included.",
+            buckets=_BUCKETS_SECONDS,
+            registry=self._registry,
+        )
         # Looking labels up in prometheus-client costs more than counting.
         self._children: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
 
@@ -75,6 +84,12 @@ class Metrics:
             self._received.inc(bytes_in)
         if bytes_out:
             self._sent.inc(bytes_out)
+
+    def scanned(self, result: str, seconds: float | None) -> None:
+        """Counts one file that came to the scanner. `result` is one of a few fixed words; None: the scan had no need to begin."""
+        self._scans.labels(result).inc()
+        if seconds is not None:
+            self._scan_seconds.observe(seconds)
 
     def expose(self, volumes: Iterable[VolumeFacts]) -> bytes:
         """The text of a scrape. Reads files when several processes serve, so run it in a thread."""

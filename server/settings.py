@@ -204,6 +204,21 @@ def _rate(text: str) -> Rate | None:
     return rate
 
 
+def _clamd(text: str) -> str:
+    tcp = re.fullmatch(r"tcp:(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*):([0-9]{1,5})", text)
+    if text and not re.fullmatch(r"unix:/[^\0]+", text) and not (tcp and 0 < int(tcp[1]) < 2**16):
+        raise ValueError("say unix:/path/of/its/socket or tcp:host:port")
+    return text
+
+
+def _exempt_types(text: str) -> tuple[str, ...]:
+    types = _words(text.lower())
+    for each in types:
+        if not re.fullmatch(r"[a-z]+/(\*|[a-z0-9][a-z0-9.+-]*)", each):
+            raise ValueError("say MIME types, such as video/* or image/png")
+    return types
+
+
 def setting(
     default: Any,
     meaning: str,
@@ -362,6 +377,33 @@ class Settings:
     )
     upload_links_per_user: int | None = setting(
         1_000, "Upload links of one user that have brought no file yet; `unlimited` for any number.", read=_optional_whole, at_least=1
+    )
+    clamd: str = setting(
+        "",
+        "Where clamd listens, which every file is shown to before it is stored: unix:/run/clamav/clamd.ctl or tcp:host:port. Empty: "
+        "nothing is scanned.",
+        read=_clamd,
+    )
+    clamd_timeout_seconds: int = setting(
+        60, "How long one file's scan may take, waiting for its turn included; longer is refused with 503.", read=_whole, at_least=1
+    )
+    clamd_max_bytes: int = setting(
+        25 * MIB,
+        "Largest file that is scanned, in bytes. clamd's own StreamMaxLength, MaxFileSize and MaxScanSize must not be less.",
+        read=_whole,
+        at_least=1,
+        at_most=2 * GIB - 1,  # clamd itself skips what is larger, and calls it clean
+    )
+    clamd_scans_at_once: int = setting(
+        4, "Scans that a server process runs at once; those of all processes should stay below clamd's MaxThreads.", read=_whole, at_least=1
+    )
+    scan_exempt_types: tuple[str, ...] = setting(
+        (), "MIME types that are stored without a scan, by the bytes' own type: image/png, video/*.", read=_exempt_types
+    )
+    scan_oversize: str = setting(
+        "refuse",
+        "What becomes of a file that is too large to be scanned: `refuse`, or `accept` it unscanned.",
+        read=_one_of("refuse", "accept"),
     )
     schema_documentation: bool = setting(True, "Serve the OpenAPI description and its page at /schema.", read=_boolean)
 

@@ -37,12 +37,19 @@ class VolumeCheck(msgspec.Struct):
     free_bytes: int | None
 
 
+class ScannerCheck(msgspec.Struct):
+    """Whether clamd answers. While it does not, uploads are refused and everything else works, so it does not decide about readiness."""
+
+    ok: bool
+
+
 class Readiness(msgspec.Struct):
-    """Ready when every check is ok; without a volume there is nowhere to store anything."""
+    """Ready when the database and every volume are ok; without a volume there is nowhere to store anything. No scanner is null."""
 
     status: Literal["ready", "not_ready"]
     database: DatabaseCheck
     volumes: list[VolumeCheck]
+    scanner: ScannerCheck | None
 
 
 @get("/health/live", tags=["Operation"])
@@ -57,8 +64,9 @@ async def ready(request: Http) -> Response[Readiness]:
     services = services_of(request)
     database = await _check_database(services.db)
     volumes = await services.vault.run(lambda: [_check_volume(volume) for volume in services.vault.volumes])
+    scanner = None if services.scanner is None else ScannerCheck(await services.scanner.answers())
     is_ready = database.ok and bool(volumes) and all(volume.ok for volume in volumes)
-    return Response(Readiness("ready" if is_ready else "not_ready", database, volumes), status_code=200 if is_ready else 503)
+    return Response(Readiness("ready" if is_ready else "not_ready", database, volumes, scanner), status_code=200 if is_ready else 503)
 
 
 @get("/metrics", media_type="text/plain", include_in_schema=False)

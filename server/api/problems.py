@@ -37,6 +37,8 @@ STATUS: dict[type[CofferError], int] = {
     errors.DigestMismatch: 400,
     errors.IncompleteBody: 400,
     errors.TooSlow: 408,
+    errors.Infected: 422,
+    errors.NotScannable: 422,
     errors.Damaged: 410,
     errors.IdempotencyInProgress: 409,
     errors.IdempotencyKeyReused: 422,
@@ -48,11 +50,12 @@ STATUS: dict[type[CofferError], int] = {
     errors.VolumeUnavailable: 503,
     errors.VolumeReadOnly: 503,
     errors.DatabaseUnavailable: 503,
+    errors.ScannerUnavailable: 503,
     errors.CommitUnknown: 503,
     errors.InternalError: 500,
 }
 
-# The database comes back within seconds of a restart; a volume waits for a person.
+# The database comes back within seconds of a restart, clamd when it has read its signatures; a volume waits for a person.
 RETRY_AFTER_SECONDS: dict[type[CofferError], int] = {
     errors.TokenKeysUnavailable: 10,
     errors.IdempotencyInProgress: 2,
@@ -60,6 +63,7 @@ RETRY_AFTER_SECONDS: dict[type[CofferError], int] = {
     errors.VolumeUnavailable: 30,
     errors.VolumeReadOnly: 30,
     errors.DatabaseUnavailable: 5,
+    errors.ScannerUnavailable: 10,
     errors.CommitUnknown: 5,
 }
 

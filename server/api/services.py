@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from server.api.limits import Limits
 from server.auth import Authenticator
 from server.delivery import Delivery, Links
-from server.intake import Intake
+from server.intake import Intake, Scanner
 from server.ledger import Database
 from server.metrics import Metrics
 from server.settings import Settings
@@ -24,4 +24,5 @@ class Services:
     links: Links
     authenticator: Authenticator
     limits: Limits
+    scanner: Scanner | None = None
     metrics: Metrics = field(default_factory=Metrics)

@@ -30,6 +30,7 @@ from server.errors import (
     NotFound,
     TooManyUploads,
 )
+from server.intake.scanner import Scanner
 from server.intake.upload import MOST_GENERATIONS_TRIED, Details, Upload
 from server.kinds import Allowed
 from server.ledger import Database, Publisher
@@ -66,7 +67,9 @@ class Load:
 class Intake:
     """Bytes in. One per process; lives in one event loop. Doors authorise first, then call it."""
 
-    def __init__(self, settings: Settings, db: Database, vault: Vault) -> None:
+    def __init__(self, settings: Settings, db: Database, vault: Vault, scanner: Scanner | None = None) -> None:
+        """Without `scanner`, nothing is scanned."""
+        self.scanner = scanner
         self.settings = settings
         self.db = db
         self.vault = vault

@@ -1,6 +1,7 @@
 """One upload, from its first byte to its committed row."""
 
 import asyncio
+import hashlib
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -19,13 +20,15 @@ from server.errors import (
     DatabaseUnavailable,
     FileTooLarge,
     IncompleteBody,
+    Infected,
     KindRequired,
     NotFound,
     QuotaExceeded,
     TypeMismatch,
     UnsupportedType,
 )
-from server.kinds import HEAD_BYTES, TAIL_BYTES, Allowed, FileType, detect, resolve
+from server.intake.scanner import Scanner
+from server.kinds import HEAD_BYTES, MP4, TAIL_BYTES, Allowed, FileType, detect, resolve
 from server.ledger.models import ClaimedLink, File, NewFile, ReplacedContent
 from server.vault import IncomingFile
 from server.vault.layout import stored_path
@@ -181,7 +184,9 @@ class Upload:
         """Leaves memory for the disk. The bytes' type is judged first: no need to receive a gigabyte of what is refused anyway."""
         self._stop_buffering()
         with suppress(KindRequired, TypeMismatch):  # a later field may name the kind, and the file's end may show another type
-            self._resolve(None)
+            file_type, _ = self._resolve(None)
+            if self._intake.scanner is not None and file_type is not MP4:  # whose end may show that it is M4A
+                self._intake.scanner.refuse_oversize(file_type.mime_type, self._declared_bytes or 0)
         await self._reserve_for_received()
         await self._flush()
 
@@ -210,8 +215,8 @@ class Upload:
 
     async def _in_thread(self, work: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
         """Shielded: when this request is cancelled, the thread still has the file, and `abort` waits for it."""
-        self._working = self._intake.vault.start(work, *arguments)
-        return await asyncio.shield(self._working)
+        working = self._working = self._intake.vault.start(work, *arguments)
+        return await asyncio.shield(working)
 
     def _keep_promise(self, size_bytes: int) -> None:
         """Keeps the volume's account of bytes that are announced and not yet written."""
@@ -221,7 +226,7 @@ class Upload:
     # Finishing
 
     async def finish(self, details: Details) -> File:
-        """Publishes the bytes as a new file: type, sync, link, sync, commit, in that order. Returns the committed row.
+        """Publishes the bytes as a new file: type, scan, sync, link, sync, commit, in that order. Returns the committed row.
 
         Raises what is wrong with the bytes with nothing stored, or `CommitUnknown` with the bytes kept.
         """
@@ -296,11 +301,45 @@ class Upload:
         if self._declared_bytes is not None and self.received_bytes != self._declared_bytes:
             raise IncompleteBody
         decided = self._resolve(kind)
-        self._volume.check_state()
         if not self._buffering:
             await self._reserve_for_received()
-        self._stop_buffering()
+        if self._intake.scanner is not None:
+            await self._scan(self._intake.scanner, decided[0].mime_type)
+        self._volume.check_state()
+        self._stop_buffering()  # not before: what waits for its scan holds memory
         return decided
+
+    async def _scan(self, scanner: Scanner, mime_type: str) -> None:
+        """Shows the bytes to the virus scanner: from memory where they are still there as a whole, else read back from incoming/.
+
+        Not while they come: clamd hangs up on a stream that stands still, as that of a slow client does, and has few threads.
+        """
+        if self._file is not None and self._chunks:
+            await self._flush()
+        file, chunks = self._file, self._chunks
+        check = scanner.check(mime_type, self.received_bytes, lambda: chunks if file is None else file.pieces())
+        self._working = asyncio.create_task(check)
+        try:
+            await asyncio.shield(self._working)
+        except Infected as found:
+            await self._record(found, mime_type, hashlib.sha256(b"".join(chunks)).digest() if file is None else file.sha256)
+            raise
+
+    async def _record(self, found: Infected, mime_type: str, sha256: bytes) -> None:
+        facts = {"signature": found.signature, "mime_type": mime_type, "size_bytes": self.received_bytes, "sha256": sha256.hex()}
+        log.warning("refused an infected upload", extra={"upload_id": str(self.id), "user_id": self.user_id, **facts})
+        try:
+            await ledger.record_infected(
+                self._intake.db,
+                user_id=self.user_id,
+                upload_id=self.id,
+                signature=found.signature,
+                mime_type=mime_type,
+                size_bytes=self.received_bytes,
+                sha256=sha256,
+            )
+        except CofferError as problem:  # the refusal stands, and the log has it
+            log.warning("could not append the event of an infected upload: %s", problem)
 
     def _land(self, path: Callable[[int], str], generation: int) -> tuple[int, bytes]:
         """In a thread: the last bytes, the sync, and the first free name from `generation` on."""

@@ -19,6 +19,7 @@ _LIVE = statement("live_uploads")
 _CLAIM = statement("claim_link")
 _UNCLAIM = statement("unclaim_link")
 _CLOSE = statement("close_link")
+_INFECTED = statement("record_infected")
 
 
 async def open_reservation(
@@ -93,3 +94,11 @@ async def close_link(db: Database, user_id: str, upload_id: UUID, kinds: Collect
 async def live_uploads(db: Database, ids: Sequence[UUID]) -> set[UUID]:
     """Which of `ids` still hold a reservation."""
     return {row["id"] for row in await db.read(_LIVE, list(ids))}
+
+
+async def record_infected(
+    db: Database, *, user_id: str, upload_id: UUID, signature: str, mime_type: str, size_bytes: int, sha256: bytes
+) -> None:
+    """Appends an event that tells of an upload refused as infected, with the id that the file would have had."""
+    found = {"signature": signature, "mime_type": mime_type, "file_size": size_bytes, "sha256": sha256.hex()}
+    await db.write(_INFECTED, user_id, upload_id, msgspec.json.encode(found).decode())

@@ -1,8 +1,9 @@
 """A file on its way in: from the first byte under incoming/ to its final name."""
 
+import errno
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from uuid import UUID
 
@@ -12,6 +13,7 @@ from server.vault.volume import Volume
 
 _CLOSED = -1
 _WRITE_BACK_BYTES = 8 * 2**20
+_READ_BYTES = 256 * 1024
 DIGEST_NAMES = {"sha-256": "sha256", "sha-512": "sha512", "md5": "md5"}  # RFC 9530's names, and Content-MD5's
 
 
@@ -31,7 +33,7 @@ class IncomingFile:
         self._expected = expected
         self._others = {name: hashlib.new(DIGEST_NAMES[name], usedforsecurity=False) for name in expected if name != "sha-256"}
         with volume.writing():
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             self._fd = os.open(f"{INCOMING}/{self._name}", flags, 0o640, dir_fd=self._root.fd)
 
     @property
@@ -55,6 +57,17 @@ class IncomingFile:
                 # (a third faster), and a large upload does not push everybody's files out of the page cache.
                 os.posix_fadvise(self._fd, self._started_bytes, self._written_bytes - self._started_bytes, os.POSIX_FADV_DONTNEED)
                 self._started_bytes = self._written_bytes
+
+    def pieces(self) -> Iterator[bytes]:
+        """What has been appended so far, read back, one piece in memory at a time. Raises as `Volume.writing`."""
+        at = 0
+        while at < self._written_bytes:
+            with self._volume.writing():
+                piece = os.pread(self._fd, min(_READ_BYTES, self._written_bytes - at), at)
+                if not piece:
+                    raise OSError(errno.EIO, "the file is shorter than what was written to it")
+            at += len(piece)
+            yield piece
 
     def seal(self) -> None:
         """Checks the client's digests and syncs the bytes. Raises `DigestMismatch` or `VolumeReadOnly`.

@@ -47,3 +47,9 @@ delete from uploads u using expired where u.id = expired.id returning u.id;
 -- name: live_uploads
 -- Which of the ids still hold a reservation.
 select id from uploads where id = any ($1);
+
+-- name: record_infected
+-- Appends the event of an upload that was refused as infected. Not for a user who is being erased: the lock keeps the erasure from
+-- beginning before this is there for it to find.
+insert into events (user_id, type, file_id, payload)
+select user_id, 'file.infected', $2, $3::jsonb from user_storage where user_id = $1 and erasing_at is null for share;
