@@ -171,16 +171,14 @@ def _networks(text: str) -> tuple[IPv4Network | IPv6Network, ...]:
     return networks
 
 
+_OWN_PORT = re.compile(r"http://.*:80|https://.*:443")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
 
 
 def _origins(text: str) -> tuple[str, ...]:
     """Origins as browsers send them, since they are compared as they stand: lower case, without the scheme's own port."""
     words = tuple(word.lower() for word in _words(text))
-    own_port = tuple(word for word in words if word.startswith("http://") and word.endswith(":80")) + tuple(
-        word for word in words if word.startswith("https://") and word.endswith(":443")
-    )
-    if words != ("*",) and (own_port or not all(map(_ORIGIN.fullmatch, words))):
+    if words != ("*",) and not all(_ORIGIN.fullmatch(word) and not _OWN_PORT.fullmatch(word) for word in words):
         raise ValueError("say * alone, or origins such as https://app.example.com or http://localhost:5173, without path and default port")
     return words
 

@@ -4,7 +4,7 @@ The first two are of draft-ietf-httpapi-ratelimit-headers (11 was the newest; no
 
 Four policies, each with a setting and a bucket of its own per partition:
 
-- `user`: requests per credentials and user acted for; `key`: per credentials alone.
+- `user`: requests per API key and user acted for, or per user with a token of their own; `key`: per API key alone.
 - `links`: requests of links and public files, which carry no credentials, per address.
 - `failures`: requests that are answered 401, per address. Past it, credentials from there are refused before they are looked at.
 
@@ -59,11 +59,11 @@ class Limits:
 
     def count_request(self, scope: ASGIScope, principal: Principal) -> None:
         """A request of somebody known. Raises `RateLimited`."""
-        if self._key:
+        if self._key and principal.key_id is not None:
             self._tell(scope, self._key, self._buckets.take(f"key {principal.key_id}", self._key.rate))
         if self._user:
-            # A key's id holds no space, so no two pairs give the same name.
-            self._tell(scope, self._user, self._buckets.take(f"user {principal.key_id} {principal.user_id}", self._user.rate))
+            # A key's id holds no space, so no two pairs give the same name; a user with a token has none.
+            self._tell(scope, self._user, self._buckets.take(f"user {principal.key_id or ''} {principal.user_id}", self._user.rate))
 
     def count_link(self, scope: ASGIScope) -> None:
         """A request of a link's holder. Raises `RateLimited`."""

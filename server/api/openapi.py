@@ -32,7 +32,8 @@ _ABOUT = """Coffer stores media files for users, each within a quota.
 
 Every route but `/health` and the links needs an API key in `Authorization: Bearer cof_...` or, where issuers are set up, a user's own
 token (a JWT). With a key, routes of files, links and storage act for the user named in `X-User-Id`; with a token, for the token's
-subject. Failures are `application/problem+json` with a stable `code`."""
+subject. Failures are `application/problem+json` with a stable `code`. Too many requests or uploads are answered 429 with
+`Retry-After`; `RateLimit-Policy` and `RateLimit` tell where a request stands."""
 
 
 def handlers(described: list[Handler]) -> list[Handler]:

@@ -132,9 +132,8 @@ class PatientProtocol(UploadProtocol):
         self._watch: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
-        """A client is here, and has not said a word."""
+        """A client is here, and is watched until it has gone."""
         super().connection_made(transport)
-        self._due = self.loop.time() + self._head_seconds
         self._watch = self.loop.call_later(self._look_seconds, self._look)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -145,7 +144,7 @@ class PatientProtocol(UploadProtocol):
         super().connection_lost(exc)
 
     def on_message_begin(self) -> None:
-        """The time that a head may take began when the client came, or else begins with its first byte."""
+        """The time that a head may take begins with its first byte, unless its client was being waited for already."""
         self._in_message = True
         if self._due is None:
             self._due = self.loop.time() + self._head_seconds
@@ -187,7 +186,7 @@ class PatientProtocol(UploadProtocol):
             self._cut_off()
             return
         if self._due is None and not self._in_message and self._is_answered() and self.timeout_keep_alive_task is None:
-            # Empty lines between requests have ended uvicorn's wait for the next one, and begin none.
+            # uvicorn waits for no first request, nor for the next one when empty lines have come, which begin none.
             self._due = now + self._head_seconds
         if self._due is not None and now >= self._due and not self.transport.is_closing():
             self._hang_up()

@@ -32,6 +32,8 @@ _BY_ERROR: dict[type[CofferError], Exit] = {
     errors.InvalidRequest: Exit.USAGE,
     errors.NotFound: Exit.NOT_FOUND,
     errors.TokenKeysUnavailable: Exit.UNAVAILABLE,
+    errors.RateLimited: Exit.UNAVAILABLE,
+    errors.TooManyUploads: Exit.UNAVAILABLE,
     errors.VolumeFull: Exit.UNAVAILABLE,
     errors.VolumeUnavailable: Exit.UNAVAILABLE,
     errors.VolumeReadOnly: Exit.UNAVAILABLE,
@@ -43,7 +45,7 @@ _BY_ERROR: dict[type[CofferError], Exit] = {
     errors.InternalError: Exit.FAILURE,
 }
 
-_BY_STATUS = {400: Exit.USAGE, 404: Exit.NOT_FOUND, 500: Exit.FAILURE, 502: Exit.UNAVAILABLE, 503: Exit.UNAVAILABLE, 507: Exit.UNAVAILABLE}
+_BY_STATUS = {400: Exit.USAGE, 404: Exit.NOT_FOUND, 500: Exit.FAILURE} | dict.fromkeys((429, 502, 503, 507), Exit.UNAVAILABLE)
 
 
 class CommandFailed(Exception):

@@ -18,6 +18,7 @@ import pytest
 from server import rates
 from server.api.limits import Limits, rate_headers
 from server.auth import Principal, Scope
+from server.commands.failures import Exit, code_of, code_of_status
 from server.errors import RateLimited
 from server.rates import Buckets
 from server.settings import Rate, SettingError, Settings
@@ -161,14 +162,15 @@ def test_some_addresses_are_not_limited() -> None:
 def test_users_and_keys_have_buckets_of_their_own() -> None:
     some = limits(rate_per_user=Rate(1, 60), rate_per_key=Rate(3, 60))
     told, scope = [], scope_from("")
-    for key_id, user_id in (("k", "ada"), ("k", "ada"), ("k", "bob"), ("k", "eve"), ("other", "ada"), ("other", None)):
+    tokens = [(None, user_id) for user_id in ("ada", "ada", "bob", "eve", "kim")]
+    for key_id, user_id in (*tokens, ("k", "ada"), ("k", "ada"), ("k", "bob"), ("k", "eve"), ("other", "ada"), ("other", None)):
         scope = scope_from("")
         try:
             some.count_request(scope, Principal(user_id=user_id, key_id=key_id, scopes=frozenset()))
             told.append("in")
         except RateLimited as refused:
             told.append(refused.policy)
-    assert told == ["in", "user", "in", "key", "in", "in"]
+    assert told == ["in", "user", "in", "in", "in", *("in", "user", "in", "key", "in", "in")]
     assert rate_headers(scope) == [
         (b"ratelimit-policy", b'"key";q=3;w=60, "user";q=1;w=60'),
         (b"ratelimit", b'"key";r=1;t=20, "user";r=0;t=60'),
@@ -187,6 +189,10 @@ def test_rates_as_text() -> None:
     assert (settings.rate_per_user, settings.rate_links_per_address) == (Rate(1_000, 5), None)
     with pytest.raises(SettingError, match="COFFER_RATE_EXEMPT_ADDRESSES: say addresses or networks"):
         Settings.load({**environment, "COFFER_RATE_EXEMPT_ADDRESSES": "10.0.0.7/8"})
+
+
+def test_the_command_says_that_later_is_worth_a_try() -> None:
+    assert code_of_status(429) is code_of(RateLimited("user", 1)) is Exit.UNAVAILABLE
 
 
 # Over HTTP

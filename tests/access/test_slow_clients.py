@@ -181,12 +181,15 @@ def one_answer(connection: socket.socket) -> bytes:
     """The next answer to its last byte, and nothing of what follows."""
     received = b""
     while not received.endswith(b"\r\n\r\n"):
-        received += connection.recv(1)
+        data = connection.recv(1)
+        assert data, "the server has hung up"
+        received += data
     length = re.search(rb"content-length: (\d+)", received)
     assert length is not None
     missing = int(length[1])
     while missing:
         data = connection.recv(missing)
+        assert data, "the server has hung up"
         received, missing = received + data, missing - len(data)
     return received
 
