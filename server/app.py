@@ -51,7 +51,7 @@ def assemble(settings: Settings) -> Front:
         db=db,
         vault=vault,
         intake=Intake(settings, db, vault, scanner),
-        delivery=Delivery(db, vault, settings.link_resource_policy),
+        delivery=Delivery(db, vault, settings.link_resource_policy, audit_reads=settings.audit_reads),
         links=Links(settings.link_keys),
         authenticator=Authenticator(
             db, settings.api_key_cache_seconds, tokens=UserTokens.from_settings(settings), token_users=TokenUsers(settings, db)

@@ -3,9 +3,10 @@
 import argparse
 import asyncio
 import os
+import pwd
 import sys
 from collections.abc import Awaitable, Callable, Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,13 +15,14 @@ from uuid import UUID
 import httpx
 
 from server import fields
+from server.actor import Actor, act_as
 from server.auth import Scope
-from server.commands import configuration, files, keys, users, volumes
+from server.commands import configuration, files, keys, trail, users, volumes
 from server.commands.failures import MEANING, CommandFailed, Exit, code_of
 from server.commands.output import say
 from server.errors import CofferError, InvalidRequest
 from server.kinds import KINDS
-from server.ledger import Database, MigrationError, migrate
+from server.ledger import AuditQuery, Database, MigrationError, migrate
 from server.settings import SettingError, Settings
 
 Run = Callable[[argparse.Namespace], Any]
@@ -76,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_keys(commands)
     _add_users(commands)
     _add_volumes(commands)
+    _add_trail(commands)
     _add_files(commands)
     return parser
 
@@ -229,6 +232,32 @@ async def _volume_reopen(db: Database, _: Settings, arguments: argparse.Namespac
     await volumes.reopen(db, volume_id=arguments.volume_id)
 
 
+# The audit trail
+
+
+def _add_trail(commands: Any) -> None:
+    read = _json(_database_command(commands, "trail", _trail, "who did what to which file, and when; newest first"))
+    read.add_argument("--user", type=_user_id, help="only what was done to this user and the user's files")
+    read.add_argument("--file", type=UUID, help="only what was done to this file")
+    read.add_argument("--actor", help="only what was done by this key, token's subject, upload link or account")
+    read.add_argument("--action", help="only this action, such as file.deleted")
+    read.add_argument("--since", type=_moment, help="only what was done then or later: a date, or a time such as 2026-01-31T12:00:00Z")
+    read.add_argument("--until", type=_moment, help="only what was done before then; dates and times without a zone are UTC")
+    read.add_argument("--limit", type=_at_least_one, help="at most so many; when left out, all as JSON, and 100 as a table")
+
+
+async def _trail(db: Database, _: Settings, arguments: argparse.Namespace) -> None:
+    query = AuditQuery(
+        user_id=arguments.user,
+        file_id=arguments.file,
+        actor_id=arguments.actor,
+        action=arguments.action,
+        since=_utc(arguments.since),
+        until=_utc(arguments.until),
+    )
+    await trail.show_all(db, query=query, most=arguments.limit, as_json=arguments.json)
+
+
 # A user's files, over HTTP
 
 
@@ -292,6 +321,14 @@ def _url(text: str) -> str:
     return text
 
 
+def _account() -> str:
+    """The account of this machine that typed the command. Asked of the kernel: the environment says what it is told to say."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
+
+
 # How a command is declared
 
 
@@ -309,6 +346,7 @@ def _database_command(commands: Any, name: str, run: DatabaseRun, meaning: str) 
     """A command that needs COFFER_DATABASE_URL, and talks to PostgreSQL without a server."""
 
     async def with_database(settings: Settings, arguments: argparse.Namespace) -> None:
+        act_as(Actor(kind="cli", id=_account()))
         db = Database(settings)
         await db.open()
         try:
@@ -356,6 +394,11 @@ def _moment(text: str) -> str:
     except ValueError:
         raise argparse.ArgumentTypeError("say a date such as 2026-01-31, or a time such as 2026-01-31T12:00:00Z") from None
     return text
+
+
+def _utc(text: str | None) -> datetime | None:
+    moment = None if text is None else datetime.fromisoformat(text)
+    return moment if moment is None or moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 def _quota(text: str) -> int | None:

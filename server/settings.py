@@ -23,6 +23,7 @@ _HOST_AND_PORT = re.compile(r"(?:\[[^\]]*\]|[^\s:@]*)(?::([0-9]*))?")
 
 
 _SHORTEST_LINK_KEY = 32
+_MOST_AUDIT_LOG_DAYS = 36_500
 
 
 class SettingError(ValueError):
@@ -217,6 +218,13 @@ def _exempt_types(text: str) -> tuple[str, ...]:
     return types
 
 
+def _audit_log_days(text: str) -> int:
+    days = _whole(text)
+    if not (days == 0 or 30 <= days <= _MOST_AUDIT_LOG_DAYS):
+        raise ValueError(f"say days, from 30 to {_MOST_AUDIT_LOG_DAYS}, or 0 for ever")
+    return days
+
+
 def setting(
     default: Any,
     meaning: str,
@@ -402,6 +410,14 @@ class Settings:
         "refuse",
         "What becomes of a file that is too large to be scanned: `refuse`, or `accept` it unscanned.",
         read=_one_of("refuse", "accept"),
+    )
+    audit_log_days: int = setting(
+        400,
+        "How long the audit trail keeps a record, in days; 0 for ever. Not less than 30: the database itself keeps those.",
+        read=_audit_log_days,
+    )
+    audit_reads: bool = setting(
+        False, "Record downloads and the making of download links too: each then costs a write, and is refused without one.", read=_boolean
     )
     schema_documentation: bool = setting(True, "Serve the OpenAPI description and its page at /schema.", read=_boolean)
 

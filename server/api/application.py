@@ -6,7 +6,7 @@ from litestar import Litestar, Request
 from litestar.datastructures import State
 from litestar.exceptions import HTTPException, ValidationException
 
-from server.api import files, health, links, openapi, storage, users
+from server.api import files, health, links, openapi, storage, trail, users
 from server.api.door import services_of
 from server.api.front import ASGIApp
 from server.api.problems import COMMON_HEADERS, HttpRefusal
@@ -19,7 +19,7 @@ LARGEST_JSON_BYTES = 2**20  # the longest honest body, names and metadata writte
 
 def build(services: Services) -> ASGIApp:
     """The application over these services. It needs no start-up of its own."""
-    described: list[openapi.Handler] = [files.router, links.router, storage.router, users.router, *health.handlers]
+    described: list[openapi.Handler] = [files.router, links.router, storage.router, users.router, trail.router, *health.handlers]
     describing = openapi.handlers(described) if services.settings.schema_documentation else []
     app = Litestar(
         route_handlers=[*described, *describing],

@@ -1,13 +1,15 @@
 """Letting a request in: its credentials are judged before a byte of its body is read."""
 
 from collections.abc import Awaitable, Callable, MutableMapping
+from ipaddress import ip_address
 from typing import Any, cast
 from uuid import UUID
 
 from litestar.connection import ASGIConnection
 from litestar.handlers import BaseRouteHandler
 
-from server import ledger
+from server import ledger, logs
+from server.actor import Actor, Kind, act_as
 from server.api.services import Services
 from server.auth import Principal, Scope
 from server.errors import InvalidRequest, NotFound, Unauthenticated
@@ -27,7 +29,9 @@ async def admit(services: Services, scope: MutableMapping[str, Any], needed: Sco
         services.limits.count_failure(scope)
         raise
     scope.setdefault("state", {})["principal"] = principal
+    act_in(scope, principal.credentials, principal.key_id or principal.user_id, principal.user_id)
     services.limits.count_request(scope, principal)
+    await services.authenticator.admit_user(principal)
     return principal
 
 
@@ -46,6 +50,21 @@ async def _principal(services: Services, scope: MutableMapping[str, Any], needed
             acting_user = value.decode("utf-8", "surrogateescape")
     client = scope.get("client")
     return await services.authenticator.principal(authorization, acting_user, needed, client[0] if client else None)
+
+
+def act_in(scope: MutableMapping[str, Any], kind: Kind, actor_id: str | None, user_id: str | None = None) -> None:
+    """What the request of this ASGI scope changes from here on is recorded as done by this actor, acting for that user."""
+    client = scope.get("client")
+    address = _address(client[0]) if client else None
+    act_as(Actor(kind=kind, id=actor_id, user_id=user_id, address=address, request_id=logs.request_id.get()))
+
+
+def _address(host: str) -> str | None:
+    """The IP address alone: the interface of a link-local one is nothing that PostgreSQL could keep."""
+    try:
+        return str(ip_address(host.partition("%")[0]))
+    except ValueError:
+        return None
 
 
 async def check_kinds(services: Services, principal: Principal, file_id: UUID) -> None:

@@ -172,8 +172,8 @@ async def list_files(
             is_favorite=favorite,
             package_name=None if package_name is None else fields.clean_name(package_name, "package_name"),
             name=None if name is None else fields.clean_name(name, "name"),
-            created_from=_moment(created_from, "created_from"),
-            created_to=_moment(created_to, "created_to"),
+            created_from=moment(created_from, "created_from"),
+            created_to=moment(created_to, "created_to"),
             sort=_SORTS[wanted.removeprefix("-")],
             descending=wanted.startswith("-"),
             limit=page_size(services, limit),
@@ -182,7 +182,7 @@ async def list_files(
     )
     answers = [file_json(file) for file in page.files]
     if links and answers:
-        linker = await Linker.of(services, principal_of(request).owner, None)
+        linker = await Linker.of(services, principal_of(request).owner, page.files, None)
         for answer, file in zip(answers, page.files, strict=True):
             answer.link = linker.link(file)
     return FileList(answers, page.next_cursor)
@@ -272,7 +272,8 @@ async def _check_if_match(request: Http, file_id: UUID) -> None:
             raise PreconditionFailed
 
 
-def _moment(text: str | None, field: str) -> datetime | None:
+def moment(text: str | None, field: str) -> datetime | None:
+    """A time as clients write it in a query. Raises `InvalidRequest`."""
     if text is None:
         return None
     try:

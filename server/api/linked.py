@@ -4,6 +4,7 @@ import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from server.api.door import act_in
 from server.api.download import joined_headers, send_answer
 from server.api.services import Services
 from server.delivery.links import link_cache_control
@@ -26,6 +27,7 @@ async def download_by_link(services: Services, rest: str, scope: MutableMapping[
     if not slash or scope["query_string"]:
         raise LinkInvalid
     link = services.links.verify_download(token, segment)
+    act_in(scope, "download_link", str(link.id))
     cache = link_cache_control(services.settings.link_cache, link.expires_at)
     answer = await services.delivery.open_linked(link, scope["method"], joined_headers(scope), cache)
     await send_answer(services.delivery, answer, receive, send)
@@ -35,6 +37,7 @@ async def download_public(services: Services, rest: str, scope: MutableMapping[s
     """Answers whoever knows the URL of a public file. Raises `NotFound` once that was ended."""
     if not _PUBLIC_ID.fullmatch(rest):
         raise NotFound
+    act_in(scope, "public_link", None)
     cache = f"public, max-age={services.settings.public_max_age_seconds}, no-transform"
     answer = await services.delivery.open_public(rest, scope["method"], joined_headers(scope), cache)
     await send_answer(services.delivery, answer, receive, send)

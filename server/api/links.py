@@ -123,7 +123,7 @@ async def link_files(request: Http, data: LinksWish) -> LinkResults:
         files = {file_id: file for file_id, file in files.items() if file.file_type in principal.kinds}
     if not files:
         return LinkResults([LinkResult(text, "not_found") for text in data.ids])
-    linker = await Linker.of(services, owner, data.ttl_seconds)
+    linker = await Linker.of(services, owner, files.values(), data.ttl_seconds)
     results = []
     for text in data.ids:
         file = files.get(ids[text]) if text in ids else None
@@ -204,7 +204,7 @@ async def _link(request: Http, file_id: UUID, wish: LinkWish) -> LinkAnswer:
     services, owner = services_of(request), principal_of(request).owner
     permitted_ttl(services, wish.ttl_seconds)
     file = await ledger.get_file(services.db, owner, file_id)
-    linker = await Linker.of(services, owner, wish.ttl_seconds)
+    linker = await Linker.of(services, owner, [file], wish.ttl_seconds)
     return linker.link(file, wish.disposition, None if wish.name is None else fields.clean_name(wish.name, "name"))
 
 

@@ -1,5 +1,6 @@
 """Signed links as the JSON routes give them."""
 
+from collections.abc import Iterable
 from datetime import UTC, datetime
 
 import msgspec
@@ -28,10 +29,13 @@ class Linker:
         self._expires_at = expires_at
 
     @classmethod
-    async def of(cls, services: Services, user_id: str, ttl_seconds: int | None) -> "Linker":
-        """Raises `NotFound` for a user without files, and `InvalidRequest` as `permitted_ttl`."""
+    async def of(cls, services: Services, user_id: str, files: Iterable[File], ttl_seconds: int | None) -> "Linker":
+        """To link these of the user's files. Raises `NotFound` for a user without files, and `InvalidRequest` as `permitted_ttl`."""
         expires_at = expiry(permitted_ttl(services, ttl_seconds), services.settings.link_window_seconds)
-        return cls(services, (await ledger.get_user(services.db, user_id)).link_epoch, expires_at)
+        link_epoch = (await ledger.get_user(services.db, user_id)).link_epoch
+        if services.settings.audit_reads:
+            await ledger.record_reads(services.db, "link.created", user_id, [file.id for file in files])
+        return cls(services, link_epoch, expires_at)
 
     def link(self, file: File, disposition: Disposition = "inline", name: str | None = None) -> LinkAnswer:
         """A link to these bytes of a file, below `COFFER_PUBLIC_URL`."""

@@ -17,7 +17,7 @@ from uuid import UUID
 import msgspec
 
 from server import ledger
-from server.api.door import admit, check_kinds
+from server.api.door import act_in, admit, check_kinds
 from server.api.files import file_json
 from server.api.multipart import Event, Field, FileData, FileEnd, FileStart, FormReader
 from server.api.problems import RAW_COMMON_HEADERS, Problem
@@ -84,6 +84,7 @@ async def upload_by_link(services: Services, token: str, scope: ASGIScope, recei
     upload that fails leaves the link to be tried again.
     """
     upload_id = services.links.verify_upload(token)
+    act_in(scope, "upload_link", str(upload_id))
     texts = _query(scope)
     if unknown := texts.keys() - {"name"}:
         raise InvalidRequest(min(unknown), "is not taken from whoever uploads by a link")

@@ -68,7 +68,7 @@ class Authenticator:
         """Who sent these headers (`Authorization`, `X-User-Id`) from the address `client`, provided that they may do what is needed.
 
         Raises `Unauthenticated` (which part was wrong is not told), `Forbidden` without the scope and for what the credentials
-        are not good for, `UserUnknown`, `InvalidRequest` for a user id that is malformed, or missing where files are concerned,
+        are not good for, `InvalidRequest` for a user id that is malformed, or missing where files are concerned,
         `TokenKeysUnavailable` and `DatabaseUnavailable`.
         """
         scheme, _, credentials = (authorization or "").partition(" ")
@@ -83,8 +83,15 @@ class Authenticator:
         user_id = await self._tokens.user_id(credentials)
         if needed not in USER_TOKEN_SCOPES or acting_user not in (None, user_id):
             raise Forbidden(needed)
-        await self._token_users.admit(user_id)
         return Principal(user_id=user_id, key_id=None, scopes=USER_TOKEN_SCOPES)
+
+    async def admit_user(self, principal: Principal) -> None:
+        """Sees to it that a user who came with a token has a row. Raises `UserUnknown` and `DatabaseUnavailable`.
+
+        Apart from `principal`, so that who makes the user is known, for the audit trail, and counted, before the user is made.
+        """
+        if principal.key_id is None and principal.user_id is not None and self._token_users is not None:
+            await self._token_users.admit(principal.user_id)
 
     async def _by_key(self, key_id: str, secret_sha256: bytes, acting_user: str | None, needed: Scope, client: str | None) -> Principal:
         row = await self._api_key(key_id, secret_sha256)

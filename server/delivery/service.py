@@ -61,12 +61,16 @@ class Answer:
 class Delivery:
     """Answers requests for stored bytes. Knows no HTTP server; lives in one event loop."""
 
-    def __init__(self, db: Database, vault: Vault, link_resource_policy: str = "cross-origin") -> None:
-        """`link_resource_policy` is the Cross-Origin-Resource-Policy of what links and public files give."""
+    def __init__(self, db: Database, vault: Vault, link_resource_policy: str = "cross-origin", *, audit_reads: bool = False) -> None:
+        """`link_resource_policy` is the Cross-Origin-Resource-Policy of what links and public files give.
+
+        With `audit_reads`, bytes are given only once the audit trail says so.
+        """
         self.link_epochs: dict[str, int] = {}  # by user directory, as last heard from the database
         self._db = db
         self._vault = vault
         self._link_resource_policy = link_resource_policy
+        self._audit_reads = audit_reads
 
     async def open(
         self, user_id: str, file_id: UUID, method: str, headers: Mapping[str, str], disposition: Disposition | None = None
@@ -92,7 +96,7 @@ class Delivery:
             )
         except DatabaseUnavailable:
             volume_id = next((volume.id for volume in self._vault.volumes if volume.id.bytes[:4] == link.volume_prefix), None)
-            if volume_id is None or link.link_epoch < self.link_epochs.get(link.user_directory, 0):
+            if self._audit_reads or volume_id is None or link.link_epoch < self.link_epochs.get(link.user_directory, 0):
                 raise
             try:
                 return await self._answer(msgspec.structs.replace(link, volume_id=volume_id), method, headers, how)
@@ -111,19 +115,28 @@ class Delivery:
     async def _open(self, find: Callable[[], Awaitable[File]], method: str, headers: Mapping[str, str], how: Presentation) -> Answer:
         file = await find()
         try:
-            return await self._answer(file, method, headers, how)
+            return await self._recorded(file, await self._answer(file, method, headers, how))
         except FileNotFoundError:
             # Replaced or deleted between the look at the row and the look at the disk: then the row says so by now.
             again = await find()
         try:
             if (again.volume_id, again.file_path) != (file.volume_id, file.file_path):
-                return await self._answer(again, method, headers, how)
+                return await self._recorded(again, await self._answer(again, method, headers, how))
         except FileNotFoundError:
             pass
         log.error(
             "a stored file is missing", extra={"file_id": str(file.id), "volume_id": str(again.volume_id), "file_path": again.file_path}
         )
         raise Damaged
+
+    async def _recorded(self, file: File, answer: Answer) -> Answer:
+        if self._audit_reads and answer.body is not None:
+            try:
+                await ledger.record_reads(self._db, "file.downloaded", file.user_id, [file.id])
+            except BaseException:
+                answer.body.close()
+                raise
+        return answer
 
     async def _answer(self, file: Stored, method: str, headers: Mapping[str, str], how: Presentation) -> Answer:
         if evaluate(method, headers, file.sha256, file.content_changed_at) is Outcome.NOT_MODIFIED:

@@ -89,7 +89,7 @@ class Housekeeping:
 
     async def tidy(self) -> None:
         """One round of everything that an interruption may have left; each part goes on when another fails."""
-        for step in (self._expire, self._bury, self._sweep_incoming, self._go_on_erasing):
+        for step in (self._expire, self._bury, self._sweep_incoming, self._go_on_erasing, self._forget):
             await self._guarded(step)
 
     async def _expire(self) -> None:
@@ -119,6 +119,11 @@ class Housekeeping:
         for user_id in await ledger.users_being_erased(self._db):
             with suppress(NotFound):  # another process finished it
                 await self._intake.erase_user(user_id)
+
+    async def _forget(self) -> None:
+        days = self._settings.audit_log_days
+        while days and await ledger.purge_trail(self._db, days, _BATCH) == _BATCH:
+            pass
 
     def _writable(self) -> list[Volume]:
         return [volume for volume in self._vault.volumes if volume.state in ("open", "full")]

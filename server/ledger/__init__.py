@@ -23,6 +23,9 @@ from server.ledger.listing import list_files
 from server.ledger.migrations import MigrationError, migrate, pending
 from server.ledger.models import (
     ApiKeyRow,
+    AuditPage,
+    AuditQuery,
+    AuditRecord,
     ClaimedLink,
     File,
     FilePage,
@@ -37,6 +40,7 @@ from server.ledger.models import (
 )
 from server.ledger.publisher import Publisher
 from server.ledger.tombstones import drop_tombstones, pending_tombstones
+from server.ledger.trail import list_trail, purge_trail, record_reads
 from server.ledger.uploads import (
     claim_link,
     close_link,
@@ -66,6 +70,9 @@ from server.ledger.volumes import add_volume, list_volumes, set_volume_state
 
 __all__ = [
     "ApiKeyRow",
+    "AuditPage",
+    "AuditQuery",
+    "AuditRecord",
     "ClaimedLink",
     "Database",
     "File",
@@ -102,6 +109,7 @@ __all__ = [
     "link_epochs",
     "list_api_keys",
     "list_files",
+    "list_trail",
     "list_users",
     "list_volumes",
     "live_uploads",
@@ -111,8 +119,10 @@ __all__ = [
     "pending",
     "pending_tombstones",
     "publish_file",
+    "purge_trail",
     "raise_link_epoch",
     "record_infected",
+    "record_reads",
     "release_expired",
     "release_reservation",
     "rename_generation",

@@ -7,6 +7,7 @@ from uuid import UUID
 
 import msgspec
 
+from server.actor import actor_json
 from server.errors import Conflict, NotFound, PreconditionFailed
 from server.ledger.database import COMMIT_PATIENCE_SECONDS, LONG_PATIENCE_SECONDS, Database, Row, unstorable
 from server.ledger.models import File, NewFile, ReplacedContent, Tombstone
@@ -62,6 +63,7 @@ async def publish_file(db: Database, new: NewFile) -> File:
         json_text(new.metadata),
         new.idempotency_key,
         new.user_since,
+        actor_json(),
         patience=COMMIT_PATIENCE_SECONDS,
     )
     if not rows:
@@ -118,6 +120,7 @@ async def replace_content(db: Database, *, user_id: str, file_id: UUID, expected
         new.volume_id,
         new.file_path,
         new.generation,
+        actor_json(),
         patience=COMMIT_PATIENCE_SECONDS,
     )
     if not rows:
@@ -149,7 +152,7 @@ async def get_public_file(db: Database, public_id: str) -> File:
 
 async def set_public(db: Database, user_id: str, file_id: UUID, public_id: str | None) -> File:
     """Makes a file public under this id, unless it is public under another already; None ends that for good. Raises `NotFound`."""
-    return _one(await db.write(_SET_PUBLIC, user_id, file_id, public_id))
+    return _one(await db.write(_SET_PUBLIC, user_id, file_id, public_id, actor_json()))
 
 
 async def rename_generation(db: Database, user_id: str, old: File, generation: int, path: str) -> File:
@@ -157,7 +160,7 @@ async def rename_generation(db: Database, user_id: str, old: File, generation: i
 
     Call it when the new name is synced. Raises `Conflict` when the file has another generation or is gone, and `CommitUnknown`.
     """
-    rows = await db.write(_RENAME_GENERATION, user_id, old.id, old.generation, generation, path)
+    rows = await db.write(_RENAME_GENERATION, user_id, old.id, old.generation, generation, path, actor_json())
     if not rows:
         raise Conflict
     return _one(rows)
@@ -196,18 +199,19 @@ async def update_file(
             None if package_name is msgspec.UNSET else package_name,
             metadata is not msgspec.UNSET,
             None if metadata is msgspec.UNSET else json_text(metadata),
+            actor_json(),
         )
     )
 
 
 async def set_favorite(db: Database, user_id: str, file_id: UUID, value: bool | None) -> File:
     """Sets the flag, or turns it over when `value` is None. Raises `NotFound`."""
-    return _one(await db.write(_FAVORITE, user_id, file_id, value))
+    return _one(await db.write(_FAVORITE, user_id, file_id, value, actor_json()))
 
 
 async def set_tags(db: Database, user_id: str, file_id: UUID, tags: list[str]) -> File:
     """Replaces the tags. Raises `NotFound`."""
-    return _one(await db.write(_TAGS, user_id, file_id, tags))
+    return _one(await db.write(_TAGS, user_id, file_id, tags, actor_json()))
 
 
 async def ids_of_kinds(db: Database, user_id: str, ids: Sequence[UUID], kinds: Collection[str]) -> list[UUID]:
@@ -220,7 +224,7 @@ async def delete_files(db: Database, user_id: str, ids: Sequence[UUID]) -> list[
 
     Ids that are not returned were not found. A crash before the unlink leaves the tombstone to housekeeping.
     """
-    return tombstones_of(await db.write(_DELETE, user_id, list(ids), patience=LONG_PATIENCE_SECONDS))
+    return tombstones_of(await db.write(_DELETE, user_id, list(ids), actor_json(), patience=LONG_PATIENCE_SECONDS))
 
 
 def tombstones_of(rows: list[Row]) -> list[tuple[UUID, Tombstone]]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from datetime import datetime, timedelta
 from ipaddress import IPv4Network, IPv6Network
 
+from server.actor import actor_json
 from server.ledger.database import Database, Row
 from server.ledger.models import ApiKeyRow
 from server.ledger.statements import statement
@@ -31,7 +32,7 @@ async def create_api_key(
     lifetime: timedelta | None = None,
 ) -> None:
     """Adds a key. None is no restriction, and no end. PostgreSQL's clock counts the lifetime."""
-    await db.write(_CREATE, key_id, name, secret_sha256, scopes, user_ids, kinds, networks, lifetime)
+    await db.write(_CREATE, key_id, name, secret_sha256, scopes, user_ids, kinds, networks, lifetime, actor_json())
 
 
 async def rotate_api_key(
@@ -42,7 +43,7 @@ async def rotate_api_key(
     The new one lives as long as the old one was made for, unless another `lifetime` is given. None when the old one is
     unknown, revoked or expired.
     """
-    rows = await db.write(_ROTATE, old_key_id, key_id, secret_sha256, overlap, lifetime)
+    rows = await db.write(_ROTATE, old_key_id, key_id, secret_sha256, overlap, lifetime, actor_json())
     return _key_of(rows[0]) if rows else None
 
 
@@ -64,7 +65,7 @@ async def list_api_keys(db: Database) -> list[ApiKeyRow]:
 
 async def revoke_api_key(db: Database, key_id: str) -> bool:
     """Ends a key for good. False when it is unknown or ended already."""
-    return bool(await db.write(_REVOKE, key_id))
+    return bool(await db.write(_REVOKE, key_id, actor_json()))
 
 
 def _key_of(row: Row) -> ApiKeyRow:

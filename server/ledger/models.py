@@ -156,6 +156,42 @@ class Tombstone(msgspec.Struct, frozen=True, kw_only=True):
     file_path: str
 
 
+class AuditRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of `audit_log`. `actor_*`, `acting_user_id` and `address` as in `server.actor.Actor`; the others are what it was done to."""
+
+    at: datetime
+    id: int
+    action: str
+    actor_kind: str
+    actor_id: str | None
+    acting_user_id: str | None
+    user_id: str | None
+    file_id: UUID | None
+    address: str | None
+    request_id: str | None
+    detail: dict[str, Any]
+
+
+class AuditQuery(msgspec.Struct, frozen=True, kw_only=True):
+    """Which records to list, newest first. None is no filter. `since` is inclusive, `until` exclusive."""
+
+    user_id: str | None = None
+    file_id: UUID | None = None
+    actor_id: str | None = None
+    action: str | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+    limit: int = 50
+    cursor: str | None = None
+
+
+class AuditPage(msgspec.Struct, frozen=True, kw_only=True):
+    """One page. `next_cursor` is None on the last one."""
+
+    records: list[AuditRecord]
+    next_cursor: str | None
+
+
 class VolumeRow(msgspec.Struct, frozen=True, kw_only=True):
     """One row of `volumes`. `state` is `open` or `read_only` (set after an I/O error, cleared by a sysadmin)."""
 

@@ -6,7 +6,9 @@ A transaction costs PostgreSQL and this process little more for ten files than f
 
 import asyncio
 from datetime import datetime
+from typing import NamedTuple
 
+from server.actor import actor_json
 from server.errors import CommitUnknown, DatabaseUnavailable
 from server.ledger.database import COMMIT_PATIENCE_SECONDS, Database
 from server.ledger.files import json_text, publish_file, published
@@ -19,6 +21,14 @@ MOST_TOGETHER = 64
 _PUBLISH_TOGETHER = statement("publish_files")
 
 
+class _Waiting(NamedTuple):
+    """`actor` is who sent it: the transaction runs in the task of somebody else."""
+
+    new: NewFile
+    actor: str
+    outcome: asyncio.Future[datetime | None]
+
+
 class Publisher:
     """Publishes files that hold no reservation. One per process; lives in one event loop.
 
@@ -28,13 +38,13 @@ class Publisher:
 
     def __init__(self, db: Database) -> None:
         self._db = db
-        self._waiting: list[tuple[NewFile, asyncio.Future[datetime | None]]] = []
+        self._waiting: list[_Waiting] = []
         self._turns: asyncio.Task[None] | None = None
 
     async def publish(self, new: NewFile) -> File:
         """As `publish_file`, for a file without reservation and without idempotency key. Cancelled, its outcome is unknown."""
         outcome: asyncio.Future[datetime | None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((new, outcome))
+        self._waiting.append(_Waiting(new, actor_json(), outcome))
         if self._turns is None:
             self._turns = asyncio.create_task(self._take_turns())
         committed_at = await outcome
@@ -46,8 +56,8 @@ class Publisher:
         try:
             while self._waiting:
                 together, self._waiting = self._waiting[:MOST_TOGETHER], self._waiting[MOST_TOGETHER:]
-                dates, problem = await self._try_together([new for new, _ in together])
-                for new, outcome in together:
+                dates, problem = await self._try_together(together)
+                for new, _, outcome in together:
                     if outcome.done():  # its caller was cancelled
                         continue
                     if problem is not None:
@@ -57,8 +67,11 @@ class Publisher:
         finally:
             self._turns = None
 
-    async def _try_together(self, news: list[NewFile]) -> tuple[dict[object, datetime], type[CommitUnknown | DatabaseUnavailable] | None]:
+    async def _try_together(
+        self, together: list[_Waiting]
+    ) -> tuple[dict[object, datetime], type[CommitUnknown | DatabaseUnavailable] | None]:
         """When each file was committed, for those that were; or what all of them are to be told."""
+        news = [each.new for each in together]
         try:
             rows = await self._db.write(
                 _PUBLISH_TOGETHER,
@@ -76,6 +89,7 @@ class Publisher:
                 [new.package_name for new in news],
                 [json_text(new.tags) for new in news],
                 [json_text(new.metadata) for new in news],
+                [each.actor for each in together],
                 patience=COMMIT_PATIENCE_SECONDS,
             )
         except (CommitUnknown, DatabaseUnavailable) as problem:

@@ -5,6 +5,7 @@ from uuid import UUID
 
 import msgspec
 
+from server.actor import actor_json
 from server.errors import NotFound
 from server.ledger.database import LONG_PATIENCE_SECONDS, Database
 from server.ledger.models import ClaimedLink, UploadLink
@@ -42,7 +43,7 @@ async def open_reservation(
     the key).
     """
     encoded = None if link is None else msgspec.json.encode(link).decode()
-    await db.write(_OPEN, upload_id, user_id, volume_id, reserved_bytes, idempotency_key, lease_seconds, encoded, most)
+    await db.write(_OPEN, upload_id, user_id, volume_id, reserved_bytes, idempotency_key, lease_seconds, encoded, most, actor_json())
 
 
 async def resize_reservation(db: Database, upload_id: UUID, to_bytes: int) -> None:
@@ -88,7 +89,7 @@ async def close_link(db: Database, user_id: str, upload_id: UUID, kinds: Collect
 
     With `kinds`, a link that was made for others too, or for all, is none.
     """
-    return bool(await db.write(_CLOSE, upload_id, user_id, None if kinds is None else list(kinds)))
+    return bool(await db.write(_CLOSE, upload_id, user_id, None if kinds is None else list(kinds), actor_json()))
 
 
 async def live_uploads(db: Database, ids: Sequence[UUID]) -> set[UUID]:

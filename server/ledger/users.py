@@ -3,6 +3,7 @@
 from collections.abc import Awaitable, Callable
 from uuid import UUID
 
+from server.actor import actor_json
 from server.errors import Conflict, NotFound
 from server.ledger.database import LONG_PATIENCE_SECONDS, Database, Row
 from server.ledger.files import tombstones_of
@@ -21,6 +22,7 @@ _BEGIN_ERASING = statement("begin_erasing", user=USER_COLUMNS)
 _ERASE_BATCH = statement("erase_batch")
 _ERASE_EVENTS = statement("erase_events")
 _ERASE_USAGE = statement("erase_usage")
+_ERASE_ADDRESSES = statement("erase_addresses")
 _LOCK = statement("lock_user", user=USER_COLUMNS)
 _FINISH_ERASING = statement("finish_erasing")
 _BEING_ERASED = statement("users_being_erased")
@@ -35,7 +37,7 @@ async def ensure_user(db: Database, user_id: str, *, max_bytes: int | None, volu
     """
     rows = await db.read(_GET, user_id)
     if not rows or (volume_id is not None and rows[0]["volume_id"] is None):
-        rows = await db.write(_ENSURE, user_id, max_bytes, volume_id)
+        rows = await db.write(_ENSURE, user_id, max_bytes, volume_id, actor_json())
     return _user_of(rows[0])
 
 
@@ -54,7 +56,7 @@ async def set_quota(db: Database, user_id: str, max_bytes: int | None, *, volume
 
     Less than what is used is allowed: it blocks new bytes only. Reservations that are held may still be published.
     """
-    return _one(await db.write(_SET_QUOTA, user_id, max_bytes, volume_id))
+    return _one(await db.write(_SET_QUOTA, user_id, max_bytes, volume_id, actor_json()))
 
 
 async def usage(db: Database, user_id: str) -> tuple[User | None, dict[str, KindUsage]]:
@@ -69,22 +71,24 @@ async def usage(db: Database, user_id: str) -> tuple[User | None, dict[str, Kind
 
 async def begin_erasing(db: Database, user_id: str) -> User:
     """From its return on, nothing new is admitted for the user (`UserErasing`). Repeating is safe. Raises `NotFound`."""
-    return _one(await db.write(_BEGIN_ERASING, user_id))
+    return _one(await db.write(_BEGIN_ERASING, user_id, actor_json()))
 
 
 async def erase_batch(db: Database, user_id: str, limit: int = 1000) -> list[Tombstone]:
     """Deletes at most `limit` files of a user who is being erased; returns what is left to unlink, and nothing when done."""
-    rows = await db.write(_ERASE_BATCH, user_id, limit, patience=LONG_PATIENCE_SECONDS)
+    rows = await db.write(_ERASE_BATCH, user_id, limit, actor_json(), patience=LONG_PATIENCE_SECONDS)
     return [tombstone for _, tombstone in tombstones_of(rows)]
 
 
 async def finish_erasing(db: Database, user_id: str, remove_bytes: Callable[[], Awaitable[None]]) -> None:
     """Deletes all other rows of a user whose files are gone, the user's own last: until then a crash leaves work to repeat.
 
+    The audit trail stays, without the addresses of clients.
+
     `remove_bytes` runs while the user's row is locked, so no second eraser removes the bytes of a user of the same id who came
     later. Raises `Conflict` while files are left, or when the user is not being erased. A user who is gone is no error.
     """
-    for erase in (_ERASE_EVENTS, _ERASE_USAGE):
+    for erase in (_ERASE_EVENTS, _ERASE_USAGE, _ERASE_ADDRESSES):
         while (await db.write(erase, user_id, _BATCH_ROWS, patience=LONG_PATIENCE_SECONDS))[0]["count"] == _BATCH_ROWS:
             pass
     async with db.transaction() as run:
@@ -94,7 +98,7 @@ async def finish_erasing(db: Database, user_id: str, remove_bytes: Callable[[], 
         if rows[0]["erasing_at"] is None or rows[0]["file_count"]:
             raise Conflict
         await remove_bytes()
-        await run(_FINISH_ERASING, user_id)
+        await run(_FINISH_ERASING, user_id, actor_json())
 
 
 async def users_being_erased(db: Database) -> list[str]:
@@ -104,7 +108,7 @@ async def users_being_erased(db: Database) -> list[str]:
 
 async def raise_link_epoch(db: Database, user_id: str) -> User:
     """Ends every link to the user's files that was made before. Raises `NotFound`."""
-    return _one(await db.write(_RAISE_EPOCH, user_id))
+    return _one(await db.write(_RAISE_EPOCH, user_id, actor_json()))
 
 
 async def link_epochs(db: Database) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from uuid import UUID
 
+from server.actor import actor_json
 from server.errors import NotFound
 from server.ledger.database import Database
 from server.ledger.models import VolumeRow
@@ -14,7 +15,7 @@ _SET_STATE = statement("set_volume_state")
 
 async def add_volume(db: Database, volume_id: UUID, mount_path: str) -> None:
     """Registers a volume; one that is known gets the mount path."""
-    await db.write(_ADD, volume_id, mount_path)
+    await db.write(_ADD, volume_id, mount_path, actor_json())
 
 
 async def list_volumes(db: Database) -> list[VolumeRow]:
@@ -27,5 +28,5 @@ async def list_volumes(db: Database) -> list[VolumeRow]:
 
 async def set_volume_state(db: Database, volume_id: UUID, state: str) -> None:
     """Sets `open` or `read_only`. Raises `NotFound`."""
-    if not await db.write(_SET_STATE, volume_id, state):
+    if not await db.write(_SET_STATE, volume_id, state, actor_json()):
         raise NotFound

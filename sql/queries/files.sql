@@ -1,4 +1,5 @@
--- Files: publish, replace, read, change, delete. {file} stands for the columns of server.ledger.models.File.
+-- Files: publish, replace, read, change, delete. {file} stands for the columns of server.ledger.models.File. What changes one also records
+-- it in audit_log; its last parameter is the actor, as JSON.
 
 -- name: publish_file
 -- Ends the reservation if there is one, then inserts the file and its event. The insert reads the count of released rows, so the
@@ -18,17 +19,21 @@ with released as (
     select user_id, 'file.created', id,
            jsonb_build_object('file_name', file_name, 'file_type', file_type, 'mime_type', mime_type, 'file_size', file_size)
       from published
+), recorded as (
+    insert into audit_log (action, user_id, file_id, detail, actor_kind, actor_id, acting_user_id, address, request_id)
+    select 'file.created', p.user_id, p.id, jsonb_build_object('mime_type', p.mime_type, 'file_size', p.file_size), a.*
+      from published p, actor_of_v1($16) a
 )
 select upload_date from published;
 
 -- name: publish_files
--- Inserts files that hold no reservation, with their events. Leaves out those whose user is not the one who was there when the upload
+-- Inserts files that hold no reservation, with their events and records, each by its own actor. Leaves out those whose user is not the one who was there when the upload
 -- began, and those whose user somebody else has locked: nobody's upload waits for another user.
 with news as (
     select * from unnest($1::uuid[], $2::text[], $3::timestamptz[], $4::text[], $5::text[], $6::text[], $7::bigint[], $8::bytea[],
-                         $9::uuid[], $10::text[], $11::integer[], $12::text[], $13::jsonb[], $14::jsonb[])
+                         $9::uuid[], $10::text[], $11::integer[], $12::text[], $13::jsonb[], $14::jsonb[], $15::jsonb[])
              as n (id, user_id, user_since, file_name, file_type, mime_type, file_size, sha256,
-                   volume_id, file_path, generation, package_name, tags, metadata)
+                   volume_id, file_path, generation, package_name, tags, metadata, actor)
 ), admitted as materialized (
     select user_id, created_at from user_storage where user_id = any ($2) for no key update skip locked
 ), published as (
@@ -43,6 +48,10 @@ with news as (
     select user_id, 'file.created', id,
            jsonb_build_object('file_name', file_name, 'file_type', file_type, 'mime_type', mime_type, 'file_size', file_size)
       from published
+), recorded as (
+    insert into audit_log (action, user_id, file_id, detail, actor_kind, actor_id, acting_user_id, address, request_id)
+    select 'file.created', p.user_id, p.id, jsonb_build_object('mime_type', p.mime_type, 'file_size', p.file_size), a.*
+      from published p join news n on n.id = p.id cross join lateral actor_of_v1(n.actor) a
 )
 select id, upload_date from published;
 
@@ -64,6 +73,10 @@ with released as (
     select user_id, 'file.replaced', id,
            jsonb_build_object('file_name', file_name, 'file_type', file_type, 'mime_type', mime_type, 'file_size', file_size)
       from replaced
+), recorded as (
+    insert into audit_log (action, user_id, file_id, detail, actor_kind, actor_id, acting_user_id, address, request_id)
+    select 'file.replaced', r.user_id, r.id, jsonb_build_object('mime_type', r.mime_type, 'file_size', r.file_size), a.*
+      from replaced r, actor_of_v1($11) a
 )
 select {file} from replaced;
 
@@ -85,28 +98,50 @@ select {file} from user_files where id = $1;
 
 -- name: update_file
 -- Sets those of name, package and metadata whose flag is true.
-update user_files
-   set file_name = case when $3 then $4 else file_name end,
-       package_name = case when $5 then $6 else package_name end,
-       metadata = case when $7 then $8 else metadata end,
-       updated_at = clock_timestamp()
- where user_id = $1 and id = $2
-returning {file};
+with changed as (
+    update user_files
+       set file_name = case when $3 then $4 else file_name end,
+           package_name = case when $5 then $6 else package_name end,
+           metadata = case when $7 then $8 else metadata end,
+           updated_at = clock_timestamp()
+     where user_id = $1 and id = $2
+    returning *
+), recorded as (
+    insert into audit_log (action, user_id, file_id, detail, actor_kind, actor_id, acting_user_id, address, request_id)
+    select 'file.updated', c.user_id, c.id,
+           jsonb_build_object('fields', array_remove(array[
+               case when $3 then 'file_name' end, case when $5 then 'package_name' end, case when $7 then 'metadata' end], null)),
+           a.*
+      from changed c, actor_of_v1($9) a
+)
+select {file} from changed;
 
 -- name: set_favorite
 -- Sets the flag; null turns it over.
-update user_files
-   set is_favorite = coalesce($3, not is_favorite), updated_at = clock_timestamp()
- where user_id = $1 and id = $2
-returning {file};
+with changed as (
+    update user_files
+       set is_favorite = coalesce($3, not is_favorite), updated_at = clock_timestamp()
+     where user_id = $1 and id = $2
+    returning *
+), recorded as (
+    insert into audit_log (action, user_id, file_id, detail, actor_kind, actor_id, acting_user_id, address, request_id)
+    select 'file.updated', c.user_id, c.id, '{"fields": ["is_favorite"]}', a.* from changed c, actor_of_v1($4) a
+)
+select {file} from changed;
 
 -- name: set_tags
 -- Replaces the tags.
-update user_files set tags = $3, updated_at = clock_timestamp() where user_id = $1 and id = $2 returning {file};
+with changed as (
+    update user_files set tags = $3, updated_at = clock_timestamp() where user_id = $1 and id = $2 returning *
+), recorded as (
+    insert into audit_log (action, user_id, file_id, detail, actor_kind, actor_id, acting_user_id, address, request_id)
+    select 'file.updated', c.user_id, c.id, '{"fields": ["tags"]}', a.* from changed c, actor_of_v1($4) a
+)
+select {file} from changed;
 
 -- name: delete_files
 -- Deletes those of the ids that are the user's; one row per tombstone.
-select file_id, tombstone_id, volume_id, file_path from delete_files_v1($1, $2);
+select file_id, tombstone_id, volume_id, file_path from delete_files_v2($1, $2, $3);
 
 -- name: get_files
 -- Those of the ids that are the user's.
@@ -124,14 +159,29 @@ select {file} from user_files f
  where f.public_id = $1 and exists (select from user_storage u where u.user_id = f.user_id and u.erasing_at is null);
 
 -- name: set_public
--- Makes a file public under $3 unless it is already, or private when $3 is null.
-update user_files
-   set public_id = case when $3::text is null then null else coalesce(public_id, $3) end, updated_at = clock_timestamp()
- where user_id = $1 and id = $2
-returning {file};
+-- Makes a file public under $3 unless it is already, or private when $3 is null. What changes nothing is not recorded.
+with found as (
+    select id, public_id is not null as was_public from user_files where user_id = $1 and id = $2 for no key update
+), changed as (
+    update user_files f
+       set public_id = case when $3::text is null then null else coalesce(f.public_id, $3) end, updated_at = clock_timestamp()
+      from found where f.id = found.id
+    returning f.*, found.was_public
+), recorded as (
+    insert into audit_log (action, user_id, file_id, detail, actor_kind, actor_id, acting_user_id, address, request_id)
+    select case when c.was_public then 'file.made_private' else 'file.made_public' end, c.user_id, c.id, '{}', a.*
+      from changed c, actor_of_v1($4) a where c.was_public <> (c.public_id is not null)
+)
+select {file} from changed;
 
 -- name: rename_generation
--- Points a row at another name of the same bytes. The trigger leaves a tombstone for the old name.
-update user_files set generation = $4, file_path = $5, updated_at = clock_timestamp()
- where user_id = $1 and id = $2 and generation = $3
-returning {file};
+-- Points a row at another name of the same bytes, which ends its links. The trigger leaves a tombstone for the old name.
+with renamed as (
+    update user_files set generation = $4, file_path = $5, updated_at = clock_timestamp()
+     where user_id = $1 and id = $2 and generation = $3
+    returning *
+), recorded as (
+    insert into audit_log (action, user_id, file_id, detail, actor_kind, actor_id, acting_user_id, address, request_id)
+    select 'links.revoked', r.user_id, r.id, '{}', a.* from renamed r, actor_of_v1($6) a
+)
+select {file} from renamed;

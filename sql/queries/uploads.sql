@@ -1,8 +1,9 @@
 -- Reservations: quota held by uploads under way.
 
 -- name: open_reservation
--- Charges the quota for an upload, or for an upload link ($7). The lease is in seconds. $8 limits how many the user may have.
-select open_upload_v1($1, $2, $3, $4, $5, $6, $7, $8);
+-- Charges the quota for an upload, or for an upload link ($7), which is recorded as made by the actor in $9. The lease is in seconds.
+-- $8 limits how many the user may have.
+select open_upload_v2($1, $2, $3, $4, $5, $6, $7, $8, $9);
 
 -- name: resize_reservation
 -- Makes a reservation larger, which the trigger may refuse, or smaller.
@@ -31,11 +32,18 @@ update uploads set claimed_until = null where id = $1;
 delete from uploads where id = $1;
 
 -- name: close_link
--- Gives up a user's upload link that nobody is using; of those that were made for some kinds ($3) alone, unless that is null.
-delete from uploads
- where id = $1 and user_id = $2 and link is not null and (claimed_until is null or claimed_until < clock_timestamp())
-   and ($3::text[] is null or (jsonb_typeof(link -> 'kinds') = 'array' and (link -> 'kinds') <@ to_jsonb($3::text[])))
-returning id;
+-- Gives up a user's upload link that nobody is using; of those that were made for some kinds ($3) alone, unless that is null. $4 is the
+-- actor.
+with closed as (
+    delete from uploads
+     where id = $1 and user_id = $2 and link is not null and (claimed_until is null or claimed_until < clock_timestamp())
+       and ($3::text[] is null or (jsonb_typeof(link -> 'kinds') = 'array' and (link -> 'kinds') <@ to_jsonb($3::text[])))
+    returning id, user_id
+), recorded as (
+    insert into audit_log (action, user_id, file_id, detail, actor_kind, actor_id, acting_user_id, address, request_id)
+    select 'upload_link.closed', c.user_id, c.id, '{}', a.* from closed c, actor_of_v1($4) a
+)
+select id from closed;
 
 -- name: release_expired
 -- Gives the bytes of abandoned reservations back; one that somebody is using at this moment is left alone.

@@ -1,4 +1,5 @@
--- Users: quota, usage, erasure. {user} stands for the columns of server.ledger.models.User.
+-- Users: quota, usage, erasure. {user} stands for the columns of server.ledger.models.User. What changes one records it in audit_log; its
+-- last parameter is the actor, as JSON. `= now()` holds for what this very transaction has set.
 
 -- name: get_user
 -- One user.
@@ -6,9 +7,16 @@ select {user} from user_storage where user_id = $1;
 
 -- name: ensure_user
 -- Adds a user seen for the first time; gives an existing one a volume if it has none.
-insert into user_storage as u (user_id, max_bytes, volume_id) values ($1, $2, $3)
-on conflict (user_id) do update set volume_id = coalesce(u.volume_id, excluded.volume_id)
-returning {user};
+with ensured as (
+    insert into user_storage as u (user_id, max_bytes, volume_id) values ($1, $2, $3)
+    on conflict (user_id) do update set volume_id = coalesce(u.volume_id, excluded.volume_id)
+    returning *
+), recorded as (
+    insert into audit_log (action, user_id, file_id, detail, actor_kind, actor_id, acting_user_id, address, request_id)
+    select 'user.created', e.user_id, null, jsonb_build_object('max_bytes', e.max_bytes), a.*
+      from ensured e, actor_of_v1($4) a where e.created_at = now()
+)
+select {user} from ensured;
 
 -- name: list_users
 -- A page of users after the given id.
@@ -16,10 +24,18 @@ select {user} from user_storage where user_id > $1 order by user_id limit $2;
 
 -- name: set_quota
 -- Sets the quota of a user, who is added if unknown.
-insert into user_storage as u (user_id, max_bytes, volume_id) values ($1, $2, $3)
-on conflict (user_id) do update
-   set max_bytes = excluded.max_bytes, volume_id = coalesce(u.volume_id, excluded.volume_id), updated_at = clock_timestamp()
-returning {user};
+with changed as (
+    insert into user_storage as u (user_id, max_bytes, volume_id) values ($1, $2, $3)
+    on conflict (user_id) do update
+       set max_bytes = excluded.max_bytes, volume_id = coalesce(u.volume_id, excluded.volume_id), updated_at = clock_timestamp()
+    returning *
+), recorded as (
+    insert into audit_log (action, user_id, file_id, detail, actor_kind, actor_id, acting_user_id, address, request_id)
+    select case when c.created_at = now() then 'user.created' else 'quota.changed' end, c.user_id, null,
+           jsonb_build_object('max_bytes', c.max_bytes), a.*
+      from changed c, actor_of_v1($4) a
+)
+select {user} from changed;
 
 -- name: usage_by_type
 -- Files and bytes per type.
@@ -28,15 +44,21 @@ select file_type, sum(file_count)::bigint as file_count, sum(total_bytes)::bigin
 
 -- name: begin_erasing
 -- From its commit on, the triggers admit nothing new for the user.
-update user_storage set erasing_at = coalesce(erasing_at, clock_timestamp()), updated_at = clock_timestamp()
- where user_id = $1 returning {user};
+with marked as (
+    update user_storage set erasing_at = coalesce(erasing_at, now()), updated_at = clock_timestamp() where user_id = $1 returning *
+), recorded as (
+    insert into audit_log (action, user_id, file_id, detail, actor_kind, actor_id, acting_user_id, address, request_id)
+    select 'user.erasing', m.user_id, null, jsonb_build_object('file_count', m.file_count, 'total_bytes', m.total_bytes), a.*
+      from marked m, actor_of_v1($2) a where m.erasing_at = now()
+)
+select {user} from marked;
 
 -- name: erase_batch
 -- Deletes some of the files of a user who is being erased.
 select d.file_id, d.tombstone_id, d.volume_id, d.file_path
-  from delete_files_v1($1, array(
+  from delete_files_v2($1, array(
            select f.id from user_files f join user_storage u using (user_id)
-            where f.user_id = $1 and u.erasing_at is not null order by f.upload_date, f.id limit $2)) d;
+            where f.user_id = $1 and u.erasing_at is not null order by f.upload_date, f.id limit $2), $3) d;
 
 -- name: erase_events
 -- Deletes some of the events of a user who is being erased, and tells how many.
@@ -58,13 +80,27 @@ with gone as (
 )
 select count(*) from gone;
 
+-- name: erase_addresses
+-- Takes the clients' addresses out of some of the records of a user who is being erased, and tells how many.
+with named as materialized (
+    select l.at, l.id from audit_log l join user_storage u using (user_id)
+     where l.user_id = $1 and l.address is not null and u.erasing_at is not null order by l.at, l.id limit $2
+), blanked as (
+    update audit_log l set address = null from named n where l.at = n.at and l.id = n.id returning 1
+)
+select count(*) from blanked;
+
 -- name: lock_user
 -- One user, who stays as found until the transaction ends.
 select {user} from user_storage where user_id = $1 for update;
 
 -- name: finish_erasing
 -- Deletes the user, uploads under way included.
-delete from user_storage where user_id = $1;
+with erased as (
+    delete from user_storage where user_id = $1 returning user_id
+)
+insert into audit_log (action, user_id, file_id, detail, actor_kind, actor_id, acting_user_id, address, request_id)
+select 'user.erased', e.user_id, null, '{}', a.* from erased e, actor_of_v1($2) a;
 
 -- name: users_being_erased
 -- Users whose erasure has begun and not ended.
@@ -72,7 +108,13 @@ select user_id from user_storage where erasing_at is not null order by user_id;
 
 -- name: raise_link_epoch
 -- Ends every link to the user's files that was made before.
-update user_storage set link_epoch = link_epoch + 1, updated_at = clock_timestamp() where user_id = $1 returning {user};
+with raised as (
+    update user_storage set link_epoch = link_epoch + 1, updated_at = clock_timestamp() where user_id = $1 returning *
+), recorded as (
+    insert into audit_log (action, user_id, file_id, detail, actor_kind, actor_id, acting_user_id, address, request_id)
+    select 'links.revoked', r.user_id, null, '{}', a.* from raised r, actor_of_v1($2) a
+)
+select {user} from raised;
 
 -- name: link_epochs
 -- The epoch of each user who ever raised it, for whoever must judge links without asking again.

@@ -404,6 +404,13 @@ def test_the_first_request_makes_the_user_once(start_server: ServerFactory, tmp_
         assert set(pool.map(first, range(32))) == {200, 201}
     (user,) = execute(server.database_url, "select user_id, tier, max_bytes, total_bytes, file_count from user_storage")
     assert tuple(user) == ("new", "standard", 5_000, 1_600, 16)
+    records = """
+        select action, actor_kind, actor_id, acting_user_id, count(*) from audit_log where user_id = 'new' group by 1, 2, 3, 4 order by 1
+    """
+    assert [tuple(row) for row in execute(server.database_url, records)] == [
+        ("file.created", "user_token", "new", "new", 16),
+        ("user.created", "user_token", "new", "new", 1),
+    ]
 
 
 def test_unknown_users_are_refused_where_tokens_make_none(start_server: ServerFactory, tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ ROUTES = {
     "GET /p/{public_id}",
     "HEAD /p/{public_id}",
     "PUT /u/{token}",
+    "GET /api/audit",
     "GET /api/users",
     "GET /api/users/{user_id}",
     "PUT /api/users/{user_id}/quota",
