@@ -15,9 +15,11 @@ DATA ?= .coffer
 TESTS ?=
 # Sections for `make bench`: make bench BENCH="large small"
 BENCH ?=
-# Commands that tests run, with their Debian packages: strace shows the order of system calls, curl runs the tour of the README,
-# clamd scans uploads.
-TEST_PACKAGES := curl=curl strace=strace clamd=clamav-daemon
+# Attacks for `make attack`, by number: make attack ATTACK="5 14"
+ATTACK ?=
+# Commands that tests run, with their Debian packages: strace shows the order of system calls, curl runs the tours of the README,
+# clamd scans uploads, and Chromium is the browser in which no stored byte may run.
+TEST_PACKAGES := curl=curl strace=strace clamd=clamav-daemon chromium=chromium
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -53,6 +55,10 @@ format: $(DEVELOPING)  ## rewrite the code in the house's format
 	@$(RUN) -m ruff check --fix-only --quiet
 	@$(RUN) -m ruff format
 
+.PHONY: attack
+attack: $(DEVELOPING) test-packages  ## try what must be refused against a running server (ATTACK="5 14" for some)
+	@$(RUN) -m tests.attack $(ATTACK)
+
 .PHONY: bench
 bench: $(DEVELOPING)  ## measure the speed, as ratios within one session
 	@$(RUN) -m tests.bench $(BENCH)
@@ -81,6 +87,10 @@ test-packages:
 	if [[ -z $$missing ]]; then exit; fi; \
 	if [[ $$(id -u) == 0 ]] && command -v apt-get >/dev/null; then \
 		echo "coffer: installing for the tests:$$missing"; \
+		if [[ ! -e /usr/sbin/policy-rc.d ]]; then  `# tests start what they need themselves: no service is to run because of them` \
+			trap 'rm -f /usr/sbin/policy-rc.d' EXIT; \
+			printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d; chmod 755 /usr/sbin/policy-rc.d; \
+		fi; \
 		{ apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $$missing; } >/dev/null; \
 	else echo "coffer: the tests need these Debian packages:$$missing" >&2; exit 1; fi
 

@@ -40,7 +40,7 @@ CLIENT_GONE = 499  # only in logs and metrics: nobody was there to be told
 
 _FILES = "/api/files/"
 _USERS = "/api/users/"
-_USABLE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+_USABLE_REQUEST_ID = re.compile(rb"(?!cof_)[A-Za-z0-9._-]{1,64}")  # an API key in the wrong header must not be told to everybody
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 log = logging.getLogger("coffer.api")
@@ -185,21 +185,21 @@ class Front:
         await route.handler(self._services, raw[3:].decode("latin-1"), scope, exchange.receive, exchange.send)
 
     async def _serve_bytes(self, exchange: "_Exchange", byte_route: "_ByteRoute", file_id: str) -> None:
-        exchange.route = byte_route.template
         scope = exchange.scope
+        known: UUID | None = None
+        if file_id:
+            try:
+                known = UUID(file_id) if len(file_id) == 36 else None
+            except ValueError:
+                known = None
+            if known is None:  # then it is none of our routes, and what stands in the path is not logged
+                raise NotFound
+        exchange.route = byte_route.template
         if scope["method"] not in byte_route.methods:
             await _refuse_method(exchange, byte_route)
             return
-        if not file_id:
-            await byte_route.handler(self._services, scope, exchange.receive, exchange.send)
-            return
-        try:
-            known = UUID(file_id) if len(file_id) == 36 else None
-        except ValueError:
-            known = None
-        if known is None:
-            raise NotFound
-        await byte_route.handler(self._services, known, scope, exchange.receive, exchange.send)
+        arguments = () if known is None else (known,)
+        await byte_route.handler(self._services, *arguments, scope, exchange.receive, exchange.send)
 
 
 async def _refuse_method(exchange: "_Exchange", route: "_ByteRoute") -> None:

@@ -60,7 +60,12 @@ class UploadProtocol(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """Starts the application, with headers that are final from here on."""
+        """Starts the application, with headers that are final from here on. A target with a fragment is no request (RFC 9112, section 3.2).
+
+        uvicorn would drop the fragment, and what follows a `#` in a signed link is not signed.
+        """
+        if b"#" in self.url:
+            raise ValueError("a request's target has no fragment")  # the parser takes it for a malformed request
         self._in_head = False
         self._bytes_since_progress = 0
         super().on_headers_complete()

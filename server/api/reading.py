@@ -27,6 +27,8 @@ class StrictRequest(Request[Any, Any, Any]):
         except msgspec.DecodeError as problem:
             reason, _, path = str(problem).partition(" - at `$.")
             raise InvalidRequest(path.rstrip("`").partition("[")[0].partition(".")[0] or "body", reason) from problem
+        except UnicodeDecodeError as problem:
+            raise InvalidRequest("body", "must be UTF-8") from problem
 
 
 async def known_query_only(request: Request[Any, Any, Any]) -> None:

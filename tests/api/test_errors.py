@@ -72,6 +72,8 @@ def test_unknown_routes_and_methods(api: RunningServer) -> None:
         (b"{", "body"),
         (b"[]", "body"),
         (b"\xff", "body"),
+        (b'{"file_name": "\xff"}', "body"),
+        (b'{"metadata": {"\xc3": 1}}', "body"),
         (b'{"nmae": "x"}', "body"),
         (b'{"file_name": 7}', "file_name"),
         (b'{"file_name": ""}', "file_name"),
@@ -250,6 +252,7 @@ def test_a_head_without_end_is_hung_up_on(api: RunningServer, endless: str) -> N
         (b"GET /health/live HTTP/1.1\r\nHost: x\r\nX\0: a\r\n\r\n", 400),
         (b"GET /health/live HTTP/1.1\r\nHost: x\r\nContent-Length: many\r\n\r\n", 400),
         # Not a byte beyond the limit: what the server has not read when it hangs up could cost us its answer.
+        (b"GET /health/live#fragment HTTP/1.1\r\nHost: x\r\n\r\n", 400),
         (b"GET /health/live HTTP/1.1\r\nHost: x\r\nX-A: ".ljust(MOST_HEAD_BYTES + 1, b"a"), 431),
     ],
     ids=lambda value: repr(value)[:60],

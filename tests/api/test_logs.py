@@ -90,3 +90,27 @@ def test_a_servers_log_tells_of_requests_and_of_no_secrets(start_server: ServerF
     (download,) = [line for line in lines if line.get("route") == "/api/files/{file_id}/download"]
     assert download["path"] == f"/api/files/{stored['id']}/download" and download["bytes_out"] == 1000
     assert [line["path"] for line in lines if line.get("route") == "unmatched"] == [None]
+
+
+def test_a_key_in_the_wrong_place_is_told_to_nobody(server: RunningServer) -> None:
+    """As a user's id, as a request's id, as a file's id: slips that are easily made, and logs are read by many."""
+    with server.client() as admin:
+        misplaced = [
+            admin.get(f"/api/users/{server.api_key}"),
+            admin.get("/api/files", headers={"X-User-Id": server.api_key}),
+            admin.get("/api/files", headers={"X-Request-Id": server.api_key}),
+            admin.get(f"/api/files/{server.api_key}/download"),
+        ]
+    secret = server.api_key.split("_", 2)[2]
+    server.stop()
+    lines = [json.loads(line) for line in server.logged().splitlines()]
+    assert sum(line.get("message") == "request" and line["method"] == "GET" for line in lines) >= len(misplaced)
+    assert secret not in server.logged()
+    assert not [answer for answer in misplaced if secret in f"{answer.headers}{answer.text}"]
+
+
+def test_what_is_no_file_id_is_not_logged(server: RunningServer) -> None:
+    with server.client("ada") as ada:
+        assert ada.get("/api/files/a-word-that-should-be-secret/download").json()["code"] == "not_found"
+    server.stop()
+    assert "should-be-secret" not in server.logged()

@@ -1,0 +1,31 @@
+"""The attacks of `make attack`, with few tries each, so that every change meets them."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.attack.cases import CASES, Case, run
+from tests.attack.target import Target
+from tests.conftest import PostgresServer
+from tests.serving import new_server
+
+
+@pytest.fixture(scope="module")
+def target(postgres_servers: Callable[[bool], PostgresServer], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
+    """One server for all: whatever an attack leaves behind must not help the next."""
+    postgres = postgres_servers(False)
+    database_url = postgres.clone()
+    scratch = tmp_path_factory.mktemp("attack")
+    server = new_server(database_url, scratch, None, {"COFFER_LOG_LEVEL": "debug"})
+    try:
+        server.start()
+        with Target(server, thorough=False, scratch=scratch) as target:
+            yield target
+    finally:
+        server.kill()
+        postgres.drop(database_url)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.number}-{case.title.replace(' ', '-')}")
+def test_it_is_refused(target: Target, case: Case) -> None:
+    run(case, target)

@@ -1,0 +1,53 @@
+"""The table of attacks. A new one is a module with `attack(target, tally)`, which returns its figure, and a line here."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from tests.attack import (
+    active_content,
+    dispositions,
+    dressed,
+    forged_links,
+    generated,
+    internal_headers,
+    names,
+    ranges,
+    secrets_in_logs,
+    strangers,
+)
+from tests.attack.target import Tally, Target
+
+
+class Case(NamedTuple):
+    """One attack. Numbers are those of the list of what Coffer must refuse; several may share one."""
+
+    number: int
+    title: str
+    attack: Callable[[Target, Tally], str]
+
+
+CASES = [
+    Case(1, "bytes in disguise", dressed.attack),
+    Case(4, "another user's ids", strangers.attack),
+    Case(5, "forged links", forged_links.attack),
+    Case(6, "names and user ids", names.attack),
+    Case(7, "active content", active_content.attack),
+    Case(8, "names as headers", dispositions.attack),
+    Case(14, "Range abuse", ranges.attack),
+    Case(15, "internal headers", internal_headers.attack),
+    Case(17, "generated requests", generated.attack),
+    # The last, as it looks through the log of all that went before.
+    Case(12, "secrets in logs", secrets_in_logs.attack),
+]
+
+
+def run(case: Case, target: Target) -> str:
+    """Runs one attack and returns its figure. Raises `Breach` if anything got through, the server failed or it wrote of an error."""
+    tally = Tally()
+    pid, logged = target.server.pid, len(target.server.logged())
+    figure = case.attack(target, tally)
+    tally.check(target.nobody.get("/health/ready").status_code == 200 and target.server.pid == pid, "the server is not ready any more")
+    errors = [line for line in target.server.logged()[logged:].splitlines() if '"level":"error"' in line or not line.startswith("{")]
+    tally.check(not errors, f"{len(errors)} errors in the log, the first: {errors[:1]}")
+    tally.settle()
+    return figure

@@ -1,0 +1,234 @@
+"""4: every route of the OpenAPI description with another user's ids: the answer is that of a missing file."""
+
+import statistics
+import time
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+import msgspec
+
+from server.auth import Scope
+from tests.attack.target import BODY, MISSING, Tally, Target
+from tests.attack.wire import Headers, request
+
+MISSING_PUBLIC_ID = "A" * 22
+_METHODS = ("get", "head", "post", "put", "patch", "delete")
+
+# A body for each type of body that routes take; {id} is the file meant. A new type needs a line here, or the attack fails.
+BODIES: dict[str, Any] = {
+    "FileChanges": {"file_name": "stolen"},
+    "FavoriteChange": {"is_favorite": True},
+    "TagsChange": {"tags": ["stolen"]},
+    "FileIds": {"ids": ["{id}", "nonsense", "{id}"]},
+    "LinkWish": {"ttl_seconds": 60},
+    "LinksWish": {"ids": ["{id}", "nonsense", "{id}"]},
+    "PublicWish": {"is_public": True},
+    "UploadLinkWish": {"max_bytes": 10},
+    "QuotaChange": {"max_bytes": None},
+}
+# Headers that must not make a difference either: they are about bytes that a stranger has no part in.
+CONDITIONS: list[list[tuple[str, str]]] = [
+    [],
+    [("If-Match", "*")],
+    [("If-None-Match", "{etag}")],
+    [("If-Match", "{etag}")],
+    [("Range", "bytes=0-0")],
+]
+
+
+class Credential(NamedTuple):
+    """Somebody who is not ada. `admits` says whether some routes let them in at all."""
+
+    name: str
+    headers: list[tuple[str, str]]
+    admits: bool
+
+
+class Belonging(NamedTuple):
+    """Something of ada's, by the parameter that would name it, and what is like it and does not exist."""
+
+    parameter: str
+    value: str
+    missing: str
+
+
+class Operation(NamedTuple):
+    method: str
+    path: str
+    parameters: list[str]
+    body: Any
+
+
+def attack(target: Target, tally: Tally) -> str:
+    file = target.upload(target.ada, name="adas-secret-name.png", tags="adas-secret-tag", package_name="adas-secret-package")
+    target.upload(target.ada, name="adas-secret-other.png")
+    target.upload(target.bob, name="his.png")
+    link = target.link(target.ada, file["id"])
+    _, upload_id = target.upload_link(target.ada)
+    belongings = [
+        Belonging("file_id", file["id"], MISSING),
+        Belonging("file_id", upload_id, MISSING),
+        # Uuids have other spellings, and every one of them is another user's.
+        Belonging("file_id", file["id"].upper(), MISSING.upper()),
+        Belonging("public_id", file["id"].replace("-", "")[:22], MISSING_PUBLIC_ID),
+    ]
+    before = target.listed(target.ada), target.ada.get("/api/storage/usage").json()
+    operations = _operations(target, tally)
+    for operation in operations:
+        for credential in _credentials(target):
+            if operation.parameters or "{id}" in str(operation.body):
+                for each in belongings:
+                    _compare(target, tally, operation, credential, each, file["etag"])
+            elif operation.method != "DELETE":
+                _look_around(target, tally, operation, credential)
+    _look_for_leaks(target, tally, file)
+    after = target.listed(target.ada), target.ada.get("/api/storage/usage").json()
+    tally.check(before == after, "ada's files or usage are not what they were")
+    tally.check(target.get(link).status == 200, "ada's link was revoked")
+    tally.check(target.ada.delete(f"/api/uploads/links/{upload_id}").status_code == 204, "ada's upload link was given up")
+    return f"{len(operations)} routes, {tally.tried:,} comparisons alike; foreign/missing time {_timing(target, file['id'])}"
+
+
+def _credentials(target: Target) -> list[Credential]:
+    """Who tries. User tokens, once there are some, are a line here."""
+    powerless = target.new_key()
+    token = target.link(target.bob, target.listed(target.bob)[0]["id"]).split("/")[2]
+    upload_token = target.upload_link(target.bob)[0].split("/")[2]
+    return [
+        Credential("an API key for bob", target.headers_of("bob"), admits=True),
+        Credential("an API key for somebody new", target.headers_of("nobody-yet"), admits=True),
+        Credential("an API key for ada's twin in capitals", target.headers_of("ADA"), admits=True),
+        Credential("an API key without scopes for bob", [("Authorization", f"Bearer {powerless}"), ("X-User-Id", "bob")], admits=False),
+        Credential("bob's link", [("Authorization", f"Bearer {token}"), ("X-User-Id", "ada")], admits=False),
+        Credential("bob's upload link", [("Authorization", f"Bearer {upload_token}"), ("X-User-Id", "ada")], admits=False),
+        Credential("nothing", [("X-User-Id", "ada")], admits=False),
+    ]
+
+
+def _operations(target: Target, tally: Tally) -> list[Operation]:
+    """Every operation described, with its path parameters and a body. What this module does not know how to fill in is a breach."""
+    description = target.nobody.get("/schema/openapi.json").json()
+    found = []
+    for path, item in description["paths"].items():
+        for method in _METHODS:
+            if method not in item or path.startswith("/health"):
+                continue
+            parameters = [each["name"] for each in item[method].get("parameters", ()) if each.get("in") == "path"]
+            unknown = set(parameters) - {"file_id", "public_id", "user_id", "token", "name"}
+            tally.check(not unknown, f"{method.upper()} {path}: nobody knows what another user's {', '.join(sorted(unknown))} is")
+            body, known = _body(item[method])
+            tally.check(known, f"{method.upper()} {path}: nobody knows a body for it")
+            if known and not unknown:
+                found.append(Operation(method.upper(), path, parameters, body))
+    tally.check(len(found) >= 30, "the description holds too few routes to be whole")
+    return found
+
+
+def _body(operation: dict[str, Any]) -> tuple[Any, bool]:
+    content = operation.get("requestBody", {}).get("content", {})
+    if not content:
+        return None, True
+    if "application/octet-stream" in content:
+        return BODY, True
+    schema = content.get("application/json", {}).get("schema", {})
+    references = [each["$ref"] for each in (schema, *schema.get("oneOf", ()), *schema.get("anyOf", ())) if "$ref" in each]
+    name = references[0].rpartition("/")[2] if references else ""
+    return BODIES.get(name), name in BODIES
+
+
+def _compare(target: Target, tally: Tally, operation: Operation, credential: Credential, belonging: Belonging, etag: str) -> None:
+    named = {"user_id": ("ada", "nobody-at-all"), "token": ("A" * 150 + "." + "A" * 43,) * 2, "name": ("x.png",) * 2}
+    if belonging.parameter not in operation.parameters and not (belonging.parameter == "file_id" and "{id}" in str(operation.body)):
+        if not set(operation.parameters) & named.keys():
+            return
+        if credential.admits and "user_id" in operation.parameters:
+            return  # an admin's key: every user is its business
+    named[belonging.parameter] = (belonging.value, belonging.missing)
+    for condition in CONDITIONS:
+        answers = []
+        for which in (0, 1):
+            path = operation.path
+            for name in operation.parameters:
+                path = path.replace(f"{{{name}}}", quote(named[name][which], safe="") if name in named else MISSING)
+            ids = named.get("file_id", (MISSING, MISSING))
+            headers = [*credential.headers, *((name, value.replace("{etag}", etag)) for name, value in condition)]
+            answer = target.wire.expect(request(operation.method, path, *_content(operation.body, ids[which], headers)))
+            answers.append(answer.comparable(*(named[name][which] for name in ("file_id", "user_id", "public_id") if name in named)))
+        what = f"{operation.method} {operation.path} with {credential.name}, {condition}, {belonging.parameter} {belonging.value}"
+        tally.check(answers[0] == answers[1], f"{what}: {answers[0]} is not {answers[1]}")
+        bulk = "{id}" in str(operation.body)
+        expected = {404, 200} if bulk else {404}
+        if not credential.admits and not operation.path.startswith(("/f/", "/p/", "/u/")):
+            expected = {401, 403}
+        elif {"token"} & set(operation.parameters):
+            expected = {403}
+        tally.check(answers[0][0] in expected, f"{what}: {answers[0][0]}, not one of {expected}")
+        if bulk:
+            tally.check(not any(each in answers[0][2] for each in (b'"deleted"', b'"linked"', b'"url"')), f"{what}: {answers[0][2]!r}")
+
+
+def _content(body: Any, file_id: str, headers: Headers) -> tuple[list[tuple[str, str]], bytes]:
+    if body is None:
+        return list(headers), b""
+    if isinstance(body, bytes):
+        return list(headers), body
+    return [*headers, ("Content-Type", "application/json")], msgspec.json.encode(body).replace(b"{id}", file_id.encode())
+
+
+def _look_around(target: Target, tally: Tally, operation: Operation, credential: Credential) -> None:
+    """A route that names no file: nothing of ada's is in its answer."""
+    if operation.path.startswith("/api/users") and credential.admits:
+        return
+    answer = target.wire.expect(request(operation.method, operation.path, *_content(operation.body, MISSING, credential.headers)))
+    what = f"{operation.method} {operation.path} with {credential.name}"
+    tally.check(credential.admits or answer.status in {401, 403}, f"{what}: {answer.status}")
+    tally.check(b"adas-secret" not in answer.body and b'"ada"' not in answer.body, f"{what} shows {answer.body[:200]!r}")
+
+
+def _look_for_leaks(target: Target, tally: Tally, file: dict[str, Any]) -> None:
+    """Ada's words, cursors and keys, used by bob."""
+    sorts = ("created", "-name", "size")
+    cursors = [target.ada.get("/api/files", params={"limit": 1, "sort": sort}).json()["next_cursor"] for sort in sorts]
+    filters: list[dict[str, Any]] = [
+        *({"sort": sort, "limit": 50, "cursor": cursor} for sort, cursor in zip(sorts, cursors, strict=True)),
+        {"tag": "adas-secret-tag"},
+        {"package_name": "adas-secret-package"},
+        {"name": "adas"},
+        {"links": "1"},
+        {"mime": "image/png"},
+    ]
+    for query in filters:
+        answer = target.bob.get("/api/files", params=query)
+        tally.check(answer.status_code in {200, 400} and "adas-secret" not in answer.text, f"a list with {query}: {answer.text[:200]}")
+    key = {"Idempotency-Key": f"key-of-{file['id']}"}
+    mine = target.ada.post("/api/files/upload", content=BODY, headers=key)
+    his = target.bob.post("/api/files/upload", content=BODY, headers=key)
+    different = mine.json()["id"] != his.json()["id"] and "idempotency-replayed" not in his.headers and his.json()["user_id"] == "bob"
+    tally.check(different, "ada's Idempotency-Key gave bob ada's file")
+    for client, answer in ((target.ada, mine), (target.bob, his)):
+        client.delete(f"/api/files/{answer.json()['id']}").raise_for_status()
+    reading = target.server.client("bob", api_key=target.new_key(Scope.FILES_READ))
+    with reading:
+        for refused in (
+            reading.get("/api/users/ada"),
+            reading.get("/api/users"),
+            reading.delete("/api/users/ada"),
+            reading.put("/api/users/ada/quota"),
+        ):
+            tally.check(refused.status_code == 403 and "ada" not in refused.json()["detail"], f"an API key without admin: {refused.text}")
+
+
+def _timing(target: Target, file_id: str) -> str:
+    """How long another user's file takes of how long a missing one takes, as medians of alternating requests; the furthest from 1."""
+    furthest = 1.0
+    for path in ("/api/files/{}", "/api/files/{}/download"):
+        seconds: dict[str, list[float]] = {file_id: [], MISSING: []}
+        for _ in range(target.many(400, 20)):
+            for each in (file_id, MISSING):
+                sent = request("GET", path.format(each), target.headers_of("bob"))
+                began = time.perf_counter()
+                target.wire.expect(sent)
+                seconds[each].append(time.perf_counter() - began)
+        ratio = statistics.median(seconds[file_id]) / statistics.median(seconds[MISSING])
+        furthest = max(furthest, ratio, key=lambda each: abs(each - 1))
+    return f"{furthest:.2f}"
