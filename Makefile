@@ -17,9 +17,9 @@ TESTS ?=
 BENCH ?=
 # Attacks for `make attack`, by number: make attack ATTACK="5 14"
 ATTACK ?=
-# Commands that tests run, with their Debian packages: strace shows the order of system calls, curl runs the tours of the README,
+# Commands that tests run, with their Debian packages: strace shows the order of system calls, curl and openssl run the tours of the README,
 # clamd scans uploads, and Chromium is the browser in which no stored byte may run.
-TEST_PACKAGES := curl=curl strace=strace clamd=clamav-daemon chromium=chromium
+TEST_PACKAGES := curl=curl openssl=openssl strace=strace clamd=clamav-daemon chromium=chromium
 
 VENV := .venv
 RUN := $(VENV)/bin/python

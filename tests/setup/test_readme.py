@@ -4,7 +4,9 @@ import hashlib
 import json
 import re
 import shutil
+import socket
 import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 
 from server import errors
 from server.settings import Settings, variable
+from tests.clamd import clamd_running
 from tests.setup.media import make_photo, make_video
 from tests.setup.test_make_run import supervised
 
@@ -39,7 +42,7 @@ def test_the_tour_runs_as_written(tmp_path: Path) -> None:
     photo, video = make_photo(tmp_path / "photo.jpg"), make_video(tmp_path / "film.mp4")
     with supervised(tmp_path / ".coffer") as supervisor:
         run = supervisor.wait_until_ready()
-        done = subprocess.run(["bash", "-eu", "-o", "pipefail", "-c", tour[1]], cwd=tmp_path, capture_output=True, text=True, check=False)
+        done = run_as_written(tour[1], tmp_path)
         assert done.returncode == 0, done.stderr + done.stdout
         stored = [hashlib.sha256(path.read_bytes()).hexdigest() for path in Path(run["volume"]).glob("users/*/*/*")]
     decoder, at, answers = json.JSONDecoder(), 0, []
@@ -55,3 +58,43 @@ def test_the_tour_runs_as_written(tmp_path: Path) -> None:
     assert "refused" in done.stdout
     assert (freed["used_bytes"], freed["limit_bytes"]) == (len(photo), 10 * 2**30)
     assert stored == [image["sha256"]]
+
+
+def test_the_way_onto_the_internet_runs_as_written(tmp_path: Path) -> None:
+    start, walk = (found[1] for found in re.finditer(r"<!-- internet, \w+:.*?```bash\n(.*?)```", README, re.DOTALL))
+    photo = make_photo(tmp_path / "photo.jpg")
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with clamd_running() as clamd:
+        # What is this machine's own: the port, and where clamd listens. `make run` is run by the test.
+        start = start.replace(":3001", f":{port}").replace("unix:/run/clamav/clamd.ctl", clamd.unix)
+        assert start.endswith("make run\n")
+        told = run_as_written(start.removesuffix("make run\n") + "env -0 >environment\n", tmp_path)
+        assert told.returncode == 0, told.stderr
+        variables = dict(each.split("=", 1) for each in (tmp_path / "environment").read_text().split("\0") if each.startswith("COFFER_"))
+        with supervised(tmp_path / ".coffer", port, **variables) as supervisor:
+            run = supervisor.wait_until_ready()
+            assert run["url"] == variables["COFFER_PUBLIC_URL"]
+            done = run_as_written(walk, tmp_path)
+            assert done.returncode == 0, done.stderr + done.stdout
+    said = done.stdout
+    for refusal, words in (
+        ("forbidden", "never an admin"),
+        ("forbidden", "it may not write"),
+        ("link_invalid", "not a character of it can be changed"),
+        ("not_found", "revoked"),
+        ("link_used", "once is once"),
+        ("infected", "refused"),
+    ):
+        assert re.search(rf'"code":"{refusal}"[^\n]*{words}\n', said), (refusal, said)
+        said = said[said.index(words) :]
+    actions = ("user.created", "file.created", "key.created", "links.revoked", "upload_link.created")
+    assert all(action in said for action in actions), said
+    stored = [path.read_bytes() for path in Path(run["volume"]).glob("users/*/*/*")]
+    assert stored == [photo, photo]
+
+
+def run_as_written(commands: str, directory: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["bash", "-eu", "-o", "pipefail", "-c", commands], cwd=directory, capture_output=True, text=True, check=False)
