@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from server.settings import Rate
+from server.setting_values import Rate
 
 GROUPS = 8_192
 _SLOTS = 8

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 from server.auth import Principal
 from server.errors import RateLimited
 from server.rates import Buckets, Standing
-from server.settings import Rate, Settings
+from server.setting_values import Rate
+from server.settings import Settings
 
 ASGIScope = MutableMapping[str, Any]
 

@@ -17,7 +17,8 @@ from jwt.algorithms import Algorithm, get_default_algorithms
 from jwt.exceptions import PyJWTError
 
 from server.errors import TokenKeysUnavailable
-from server.settings import SettingError, TokenIssuer
+from server.setting_values import TokenIssuer
+from server.settings import SettingError
 
 FRESH_SECONDS = 300.0
 """Age at which keys are fetched anew while the old ones serve on. So long does a key serve that its issuer has withdrawn."""

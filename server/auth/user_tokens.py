@@ -19,7 +19,8 @@ from jwt.exceptions import PyJWTError
 from server.auth.token_keys import FileKeys, JwksKeys, TokenKeys, new_client
 from server.errors import InvalidRequest, Unauthenticated
 from server.fields import clean_user_id
-from server.settings import Settings, TokenIssuer
+from server.setting_values import TokenIssuer
+from server.settings import Settings
 
 LONGEST_TOKEN_BYTES = 8 * 1024
 """Nothing of a longer text is decoded. Clerk's tokens, made to fit a cookie, have at most 4 KB."""

@@ -21,7 +21,8 @@ from server.auth import Principal, Scope
 from server.commands.failures import Exit, code_of, code_of_status
 from server.errors import RateLimited
 from server.rates import Buckets
-from server.settings import Rate, SettingError, Settings
+from server.setting_values import Rate
+from server.settings import SettingError, Settings
 from tests.access.test_download_links import code, link, stored
 from tests.serving import RunningServer, ServerFactory
 from tests.waiting import until
@@ -96,7 +97,7 @@ def test_memory_is_bounded_and_the_emptiest_buckets_stay() -> None:
 
 def test_a_process_that_is_killed_inside_leaves_the_bucket_usable() -> None:
     """The clock is asked while the lock is held."""
-    killed_inside = "import os, signal; from server.rates import *; from server.settings import Rate\n"
+    killed_inside = "import os, signal; from server.rates import *; from server.setting_values import Rate\n"
     killed_inside += "Buckets(clock=lambda: print('inside', flush=True) or signal.pause()).take('a', Rate(2, 60))"
     with rates.shared_by_processes():
         buckets = Buckets()

@@ -14,7 +14,8 @@ import pytest
 from server.auth import token_keys
 from server.auth.token_keys import FRESH_SECONDS, LARGEST_JWKS_BYTES, FileKeys, JwksKeys, new_client
 from server.errors import TokenKeysUnavailable
-from server.settings import SettingError, Settings, TokenIssuer
+from server.setting_values import TokenIssuer
+from server.settings import SettingError, Settings
 from tests.access.issuers import Issuer, SigningKey, listener, reply
 
 pytestmark = pytest.mark.anyio
