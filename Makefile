@@ -40,8 +40,8 @@ stop:  ## stop what `make run` started (DATA=.coffer)
 ##@ Working on Coffer
 
 .PHONY: test
-test: $(DEVELOPING) test-packages  ## run all tests (TESTS="tests/quota -k race" for some)
-	@$(RUN) -m pytest $(TESTS)
+test: $(DEVELOPING) test-packages  ## run all tests, on all cores (TESTS="tests/quota -k race" for some)
+	@$(RUN) -m pytest --numprocesses auto --dist loadfile $(TESTS)
 
 .PHONY: check
 check: $(DEVELOPING)  ## lint, formatting, types, arrows between the rooms

@@ -5,6 +5,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import httpx
 import pytest
@@ -46,6 +47,7 @@ def test_requests_are_counted_by_template(api: RunningServer) -> None:
         file_id = client.post("/api/files/upload", content=image()).json()["id"]
         client.get(f"/api/files/{file_id}/download")
         client.get(f"/api/files/{file_id}")
+        client.get(f"/api/files/{uuid4()}/download")
         client.get("/api/files/nonsense/download")
         for number in range(20):
             client.get(f"/nowhere/{number}")
@@ -57,7 +59,7 @@ def test_requests_are_counted_by_template(api: RunningServer) -> None:
     assert requests(grown, "/api/files/{file_id}/download", "GET", 200) == 1
     assert requests(grown, "/api/files/{file_id}/download", "GET", 404) == 1
     assert requests(grown, "/api/files/{file_id}", "GET", 200) == 1
-    assert requests(grown, "unmatched", "GET", 404) == 20
+    assert requests(grown, "unmatched", "GET", 404) == 21
     assert requests(grown, "/api/users/{user_id}", "GET", 404) == 20
     assert requests(grown, "unmatched", "OTHER", 405) == 1
     assert grown["coffer_http_received_bytes_total"] == 1_000 and grown["coffer_http_sent_bytes_total"] > 1_000

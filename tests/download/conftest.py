@@ -70,6 +70,9 @@ class FakeAuthenticator:
             raise Unauthenticated
         return Principal(user_id=acting_user, key_id="k", scopes=frozenset({"files:read"}))
 
+    async def admit_user(self, principal: Principal) -> None:
+        assert principal.key_id == "k"  # whose user need not have a row
+
 
 @pytest.fixture
 def vault() -> Iterator[Vault]:
