@@ -52,6 +52,20 @@ def test_what_looks_like_a_secret_is_blanked() -> None:
     assert key.key_id in text and "@host/db" in text
 
 
+@pytest.mark.parametrize("piece", ["a", "eyJa", "eyJ-", "a://b:", "bearer "])
+def test_no_text_takes_long_to_look_through(piece: str) -> None:
+    """Whoever sends a path of 64 KiB must not stop the server. Were each start tried to the end, this would take half an hour."""
+    text = f"/api/users/{piece * (2**20 // len(piece))}"
+    key = NewApiKey.generate()
+    blanked = logs.without_secrets(f"{text} {key.text}")
+    assert blanked.endswith(f"cof_{key.key_id}_***")
+
+
+@pytest.mark.parametrize("before", ["", "/api/users/", "token=", 'quoted "'])
+def test_a_token_is_blanked_wherever_it_stands(before: str) -> None:
+    assert logs.without_secrets(f"{before}eyJhbGciOiJub25lIn0.eyJzdWIiOiJhIn0.c2ln after") == f"{before}eyJ*** after"
+
+
 def test_a_log_that_cannot_be_written_fails_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
     class Full(io.StringIO):
         def write(self, _: str) -> int:
