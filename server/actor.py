@@ -34,6 +34,11 @@ def act_as(actor: Actor) -> None:
     _current.set(actor)
 
 
+def acting() -> Kind:
+    """As what the actor of this task was let in."""
+    return _current.get().kind
+
+
 def actor_json() -> str:
     """The actor of this task, as the statements take it."""
     return msgspec.json.encode(_current.get()).decode()

@@ -15,7 +15,7 @@ class TokenUsers:
     """Remembers who is known, so that a request costs no round trip. Lives in one event loop.
 
     Where tokens make users, one who was erased is made anew at the latest after a minute, at once by an upload. Where they
-    do not, a user who was erased is refused after `api_key_cache_seconds`, as a revoked key is.
+    do not, a user who was erased is refused after `api_key_cache_seconds`, as a revoked key is, and by an upload at once.
     """
 
     def __init__(self, settings: Settings, db: Database, clock: Callable[[], float] = time.monotonic) -> None:

@@ -15,6 +15,7 @@ from uuid import UUID
 from uuid_utils.compat import uuid7
 
 from server import ledger
+from server.actor import acting
 from server.errors import (
     CofferError,
     CommitUnknown,
@@ -29,12 +30,13 @@ from server.errors import (
     LinkUsed,
     NotFound,
     TooManyUploads,
+    UserUnknown,
 )
 from server.intake.scanner import Scanner
 from server.intake.upload import MOST_GENERATIONS_TRIED, Details, Upload
 from server.kinds import Allowed
 from server.ledger import Database, Publisher
-from server.ledger.models import File, Tombstone, UploadLink
+from server.ledger.models import File, Tombstone, UploadLink, User
 from server.settings import Settings
 from server.vault import Vault, Volume
 from server.vault.layout import user_directory
@@ -113,19 +115,28 @@ class Intake:
     async def placed(self, user_id: str) -> Placement:
         """The user's place; makes the user with the default quota, on the roomiest volume, when there is none.
 
-        Raises `VolumeUnavailable`, `DatabaseUnavailable`.
+        Raises `VolumeUnavailable`, `DatabaseUnavailable`, and `UserUnknown` for a token's user where tokens make none.
         """
         now = time.monotonic()
         until, volume_id, since = self._placements.get(user_id, _NOWHERE)
         if until < now:
-            user = await ledger.ensure_user(
-                self.db, user_id, max_bytes=self.settings.default_quota_bytes, volume_id=self.vault.roomiest().id
-            )
+            user = await self._user(user_id)
             if len(self._placements) >= _MOST_PLACEMENTS:
                 self._placements.clear()
             volume_id, since = user.volume_id, user.created_at
             self._placements[user_id] = (now + _PLACEMENT_SECONDS, volume_id, since)
         return Placement(self.vault.volume(volume_id), since)
+
+    async def _user(self, user_id: str) -> User:
+        if acting() == "user_token" and not self.settings.token_users_are_created:
+            # Seen when the token was let in, which may be seconds ago: whoever was erased since must not make themselves anew.
+            try:
+                user = await ledger.get_user(self.db, user_id)
+            except NotFound as problem:
+                raise UserUnknown from problem
+            if user.volume_id is not None:
+                return user
+        return await ledger.ensure_user(self.db, user_id, max_bytes=self.settings.default_quota_bytes, volume_id=self.vault.roomiest().id)
 
     def forget(self, user_id: str) -> None:
         """The user's row is not what we remember."""

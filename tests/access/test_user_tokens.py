@@ -428,6 +428,29 @@ def test_unknown_users_are_refused_where_tokens_make_none(start_server: ServerFa
         assert execute(server.database_url, "select from user_storage") == []
 
 
+def test_an_erased_user_does_not_come_back_where_tokens_make_none(start_server: ServerFactory, tmp_path: Path) -> None:
+    server = start_server(
+        COFFER_TOKEN_ISSUERS=offline_setting(tmp_path),
+        COFFER_TOKEN_USERS_ARE_CREATED="false",
+        COFFER_API_KEY_CACHE_SECONDS="3600",  # so the token's user is still taken for known
+    )
+    server.set_quota("ada", 10_000)
+    with httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {offline_token('ada')}"}) as ada, server.client() as admin:
+        file_id = ada.post("/api/files/upload", content=image()).json()["id"]
+        assert ada.post(f"/api/files/{file_id}/copy").status_code == 201
+        assert admin.delete("/api/users/ada").status_code == 204
+        for answer in (
+            ada.post("/api/files/upload", content=image()),
+            ada.post("/api/files/upload", content=image(), headers={"Idempotency-Key": "k"}),
+            ada.post("/api/files/upload", files={"file": image()}),
+            ada.post("/api/uploads/links", json={"max_bytes": 1_000}),
+        ):
+            assert code(answer) == (403, "user_unknown")
+        assert admin.get("/api/users/ada").status_code == 404
+        server.set_quota("ada", 10_000)
+        assert ada.post("/api/files/upload", content=image()).status_code == 201
+
+
 def test_a_server_with_a_wrong_key_file_does_not_start(database_url: str, tmp_path: Path) -> None:
     setting = offline_setting(tmp_path)
     (tmp_path / "key.pem").write_text("nonsense")
