@@ -11,6 +11,7 @@ from litestar.params import Parameter
 from msgspec import UNSET, Meta, UnsetType
 
 from server import fields, ledger
+from server.api.cursors import opened, sealed
 from server.api.door import needs, principal_of, services_of
 from server.api.reading import DEFAULT_PAGE, known_query_only, page_size
 from server.api.signing import LinkAnswer, Linker
@@ -161,6 +162,7 @@ async def list_files(
     if name is not None and not _SEARCHABLE.search(name):
         raise InvalidRequest("name", "must hold a letter or a digit to look for")
     wanted = sort or ("-created" if name is None else "name")
+    is_restricted, link_keys = principal_of(request).kinds is not None, services.settings.link_keys
     page = await ledger.list_files(
         services.db,
         principal_of(request).owner,
@@ -177,7 +179,7 @@ async def list_files(
             sort=_SORTS[wanted.removeprefix("-")],
             descending=wanted.startswith("-"),
             limit=page_size(services, limit),
-            cursor=cursor,
+            cursor=opened(cursor, link_keys) if cursor is not None and is_restricted else cursor,
         ),
     )
     answers = [file_json(file) for file in page.files]
@@ -185,7 +187,8 @@ async def list_files(
         linker = await Linker.of(services, principal_of(request).owner, page.files, None)
         for answer, file in zip(answers, page.files, strict=True):
             answer.link = linker.link(file)
-    return FileList(answers, page.next_cursor)
+    next_cursor = sealed(page.next_cursor, link_keys) if page.next_cursor is not None and is_restricted else page.next_cursor
+    return FileList(answers, next_cursor)
 
 
 @get("/{file_id:uuid}", guards=[needs(Scope.FILES_READ)])

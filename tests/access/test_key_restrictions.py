@@ -1,6 +1,7 @@
 """API keys that are good for some users, types of files or networks alone, for a time, and are replaced by others."""
 
 import asyncio
+import base64
 import json
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -14,7 +15,7 @@ import pytest
 from server import ledger
 from server.auth import Authenticator, NewApiKey, Scope, authenticator
 from server.errors import DatabaseUnavailable, Forbidden, Unauthenticated
-from server.ledger import Database
+from server.ledger import Database, listing
 from server.settings import Settings
 from tests.conftest import PostgresServer
 from tests.samples import image, video
@@ -177,6 +178,35 @@ def test_lists_hold_the_types_that_a_key_is_good_for(server: RunningServer) -> N
             assert [each["status"] for each in results] == ["not_found", "not_found", done]
     with server.client("lists") as all_types:
         assert all_types.get(f"/api/files/{films[0]}").status_code == 200
+
+
+def test_a_cursor_tells_nothing_of_other_types(server: RunningServer) -> None:
+    """A search reads past files of other types, and its page may end at one of them."""
+    with server.client("cara") as cara:
+        stored(cara, video())
+        assert cara.post("/api/files/upload", params={"name": "secret picture.png"}, content=image()).status_code == 201
+        execute(
+            server.database_url,
+            "insert into user_files (id, user_id, file_name, file_type, mime_type, file_size, sha256, volume_id, file_path)"
+            " select m.id, f.user_id, 'secret plan ' || m.n, f.file_type, f.mime_type, 1, f.sha256, f.volume_id,"
+            "        regexp_replace(f.file_path, '[^/]+\\.1\\.', m.id || '.1.')"
+            "   from user_files f, (select gen_random_uuid() as id, n from generate_series(1, $1::integer) n) m"
+            "  where f.user_id = 'cara' and f.file_type = 'video'",
+            listing.SEARCH_AT_MOST + 10,
+        )
+        anybodys = cara.get("/api/files", params={"name": "secret", "limit": 1}).json()["next_cursor"]
+    with client(server, "cara", kinds=["image"]) as some:
+        found, cursor, pages = [], None, 0
+        while pages == 0 or cursor is not None:
+            answer = some.get("/api/files", params={"name": "secret"} | ({"cursor": cursor} if cursor else {}))
+            assert answer.status_code == 200, answer.text
+            found += [file["file_name"] for file in answer.json()["files"]]
+            cursor, pages = answer.json()["next_cursor"], pages + 1
+            if cursor is not None:
+                assert b"plan" not in base64.urlsafe_b64decode(cursor + "==")
+        assert (found, pages) == (["secret picture.png"], 2)
+        for made_up in (anybodys, "", "x", "ü", "gAAAAAB" * 20):
+            assert told(some.get("/api/files", params={"name": "secret", "cursor": made_up}))[1]["code"] == "invalid_request"
 
 
 def test_bytes_of_another_type_are_not_stored(server: RunningServer) -> None:
