@@ -45,6 +45,7 @@ class Scanner:
         self._exempt = _exempt(settings.scan_exempt_types)
         self._metrics = metrics
         self._threads = ThreadPoolExecutor(settings.clamd_scans_at_once, thread_name_prefix="scan")
+        self._asking: asyncio.Task[bool] | None = None
 
     def refuse_oversize(self, mime_type: str, size_bytes: int) -> None:
         """Raises `NotScannable` when a file of that type and size would be refused for its size, whatever its bytes."""
@@ -75,8 +76,13 @@ class Scanner:
             self._metrics.scanned(result, time.monotonic() - began)
 
     async def answers(self) -> bool:
-        """Whether clamd is there, asked within two seconds."""
-        return await asyncio.to_thread(self._ping)
+        """Whether clamd is there, asked within two seconds. It is asked once for all who want to know meanwhile.
+
+        Whoever reaches the port may want to know: with a thread for each, a clamd that hangs would keep all threads waiting for it.
+        """
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(asyncio.to_thread(self._ping))
+        return await asyncio.shield(self._asking)
 
     async def warn_if_away(self) -> None:
         """Logs a warning unless clamd answers. Its absence keeps nobody from starting: it may come later."""

@@ -1,5 +1,6 @@
 """Uploads under a virus scanner: what it refuses is never stored, and without its verdict nothing is."""
 
+import asyncio
 import hashlib
 import io
 import json
@@ -376,6 +377,22 @@ async def test_an_empty_piece_does_not_end_the_stream(clamd: Clamd) -> None:
         with pytest.raises(ScannerUnavailable):  # fewer bytes than the file has are not the file
             await scanner.check("image/png", 3, lambda: [b"x", b"y"])
     finally:
+        scanner.close()
+
+
+@pytest.mark.anyio
+async def test_clamd_is_asked_once_for_all_who_want_to_know() -> None:
+    """Readiness is anybody's to ask for."""
+    with socket.create_server(("127.0.0.1", 0)) as silent_clamd:  # its kernel accepts, and nobody answers
+        address = f"tcp:127.0.0.1:{silent_clamd.getsockname()[1]}"
+        scanner = Scanner(Settings(clamd=address), Metrics())
+        assert await asyncio.gather(*[scanner.answers() for _ in range(20)]) == [False] * 20
+        silent_clamd.setblocking(False)
+        silent_clamd.accept()[0].close()
+        with pytest.raises(BlockingIOError):
+            silent_clamd.accept()
+        assert not await scanner.answers()  # and anew for who comes later
+        silent_clamd.accept()[0].close()
         scanner.close()
 
 
