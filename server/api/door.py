@@ -1,6 +1,7 @@
 """Letting a request in: its credentials are judged before a byte of its body is read."""
 
 from collections.abc import Awaitable, Callable, MutableMapping
+from functools import partial
 from ipaddress import ip_address
 from typing import Any, cast
 from uuid import UUID
@@ -30,7 +31,6 @@ async def admit(services: Services, scope: MutableMapping[str, Any], needed: Sco
         raise
     scope.setdefault("state", {})["principal"] = principal
     act_in(scope, principal.credentials, principal.key_id or principal.user_id, principal.user_id)
-    services.limits.count_request(scope, principal)
     await services.authenticator.admit_user(principal)
     return principal
 
@@ -49,7 +49,9 @@ async def _principal(services: Services, scope: MutableMapping[str, Any], needed
             # Bytes that are not UTF-8 become lone surrogates, which no user id may hold, and are refused after the credentials.
             acting_user = value.decode("utf-8", "surrogateescape")
     client = scope.get("client")
-    return await services.authenticator.principal(authorization, acting_user, needed, client[0] if client else None)
+    return await services.authenticator.principal(
+        authorization, acting_user, needed, client[0] if client else None, partial(services.limits.count_request, scope)
+    )
 
 
 def act_in(scope: MutableMapping[str, Any], kind: Kind, actor_id: str | None, user_id: str | None = None) -> None:

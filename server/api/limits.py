@@ -16,7 +16,6 @@ from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address
 from typing import Any, NamedTuple
 
-from server.auth import Principal
 from server.errors import RateLimited
 from server.rates import Buckets, Standing
 from server.setting_values import Rate
@@ -58,13 +57,13 @@ class Limits:
         if self._failures and (address := self._address(scope)):
             self._tell(scope, self._failures, self._buckets.take(f"failures {address}", self._failures.rate))
 
-    def count_request(self, scope: ASGIScope, principal: Principal) -> None:
-        """A request of somebody known. Raises `RateLimited`."""
-        if self._key and principal.key_id is not None:
-            self._tell(scope, self._key, self._buckets.take(f"key {principal.key_id}", self._key.rate))
+    def count_request(self, scope: ASGIScope, key_id: str | None, user_id: str | None) -> None:
+        """A request with good credentials, whatever comes of it; `key_id` None is a user's own token. Raises `RateLimited`."""
+        if self._key and key_id is not None:
+            self._tell(scope, self._key, self._buckets.take(f"key {key_id}", self._key.rate))
         if self._user:
             # A key's id holds no space, so no two pairs give the same name; a user with a token has none.
-            self._tell(scope, self._user, self._buckets.take(f"user {principal.key_id or ''} {principal.user_id}", self._user.rate))
+            self._tell(scope, self._user, self._buckets.take(f"user {key_id or ''} {user_id}", self._user.rate))
 
     def count_link(self, scope: ASGIScope) -> None:
         """A request of a link's holder. Raises `RateLimited`."""

@@ -22,6 +22,9 @@ _NOTE_USE_SECONDS = 60.0
 
 log = logging.getLogger("coffer.auth")
 
+Recognised = Callable[[str | None, str | None], None]
+"""Told the id of the API key, None for a user token, and the user whom the request names."""
+
 
 class Authenticator:
     """Checks credentials: API keys against the ledger, user tokens against their issuers. Lives in one event loop.
@@ -64,9 +67,17 @@ class Authenticator:
         if self._tokens is not None:
             await self._tokens.close()
 
-    async def principal(self, authorization: str | None, acting_user: str | None, needed: Scope, client: str | None = None) -> Principal:
+    async def principal(
+        self,
+        authorization: str | None,
+        acting_user: str | None,
+        needed: Scope,
+        client: str | None = None,
+        recognised: Recognised = lambda _key_id, _user: None,
+    ) -> Principal:
         """Who sent these headers (`Authorization`, `X-User-Id`) from the address `client`, provided that they may do what is needed.
 
+        `recognised` is called once the credentials are known to be good, before it is judged what they are good for.
         Raises `Unauthenticated` (which part was wrong is not told), `Forbidden` without the scope and for what the credentials
         are not good for, `InvalidRequest` for a user id that is malformed, or missing where files are concerned,
         `TokenKeysUnavailable` and `DatabaseUnavailable`.
@@ -77,10 +88,13 @@ class Authenticator:
             raise Unauthenticated
         presented = api_keys.parse(credentials)
         if presented is not None:
-            return await self._by_key(*presented, acting_user, needed, client)
+            row = await self._api_key(*presented)
+            recognised(row.key_id, acting_user)
+            return self._by_key(row, acting_user, needed, client)
         if self._tokens is None or self._token_users is None:
             raise Unauthenticated
         user_id = await self._tokens.user_id(credentials)
+        recognised(None, user_id)
         if needed not in USER_TOKEN_SCOPES or acting_user not in (None, user_id):
             raise Forbidden(needed)
         return Principal(user_id=user_id, key_id=None, scopes=USER_TOKEN_SCOPES)
@@ -93,10 +107,9 @@ class Authenticator:
         if principal.key_id is None and principal.user_id is not None and self._token_users is not None:
             await self._token_users.admit(principal.user_id)
 
-    async def _by_key(self, key_id: str, secret_sha256: bytes, acting_user: str | None, needed: Scope, client: str | None) -> Principal:
-        row = await self._api_key(key_id, secret_sha256)
+    def _by_key(self, row: ApiKeyRow, acting_user: str | None, needed: Scope, client: str | None) -> Principal:
         if row.networks is not None and not _is_within(client, row.networks):
-            log.warning("an API key was used outside of its networks", extra={"key_id": key_id, "client": client})
+            log.warning("an API key was used outside of its networks", extra={"key_id": row.key_id, "client": client})
             raise Forbidden(needed)
         # Users and kinds say nothing of an admin's routes. No such key can be made; by hand in the database, it is no admin's.
         if needed not in row.scopes or (needed is Scope.ADMIN and not (row.user_ids is None and row.kinds is None)):
@@ -108,7 +121,7 @@ class Authenticator:
         principal = Principal(user_id=user_id, key_id=row.key_id, scopes=frozenset(row.scopes), kinds=kinds)
         if needed is not Scope.ADMIN:
             _ = principal.owner
-        self._used[key_id] = datetime.now(UTC)
+        self._used[row.key_id] = datetime.now(UTC)
         return principal
 
     async def _api_key(self, key_id: str, secret_sha256: bytes) -> ApiKeyRow:

@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import pytest
 
 from server import rates
 from server.api.limits import Limits, rate_headers
-from server.auth import Principal, Scope
+from server.auth import Scope
 from server.commands.failures import Exit, code_of, code_of_status
 from server.errors import RateLimited
 from server.rates import Buckets
@@ -167,7 +168,7 @@ def test_users_and_keys_have_buckets_of_their_own() -> None:
     for key_id, user_id in (*tokens, ("k", "ada"), ("k", "ada"), ("k", "bob"), ("k", "eve"), ("other", "ada"), ("other", None)):
         scope = scope_from("")
         try:
-            some.count_request(scope, Principal(user_id=user_id, key_id=key_id, scopes=frozenset()))
+            some.count_request(scope, key_id, user_id)
             told.append("in")
         except RateLimited as refused:
             told.append(refused.policy)
@@ -279,6 +280,15 @@ def test_links_are_limited_by_address(two_processes: RunningServer) -> None:
     assert code(httpx.put(f"{server.url}/u/x")) == (429, "rate_limited")
     assert status_of(server, "/api/files", server.api_key).status_code == 200
     assert status_of(server, url, address=ELSEWHERE).status_code == 200
+
+
+def test_requests_that_are_refused_count_too(start_server: ServerFactory) -> None:
+    server = start_server(COFFER_RATE_PER_KEY="3/1000000")
+    weak = server.new_key(Scope.FILES_READ)
+    with server.client("ada", api_key=weak) as client:
+        answers = [client.delete(f"/api/files/{uuid4()}"), client.get("/api/files", headers={"X-User-Id": 256 * "x"})]
+        answers += [client.get("/api/users") for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [403, 400, 403, 429, 429]
 
 
 def test_an_upload_is_refused_before_its_body(start_server: ServerFactory) -> None:

@@ -14,6 +14,7 @@ from server import ledger
 from server.api.limits import Limits
 from server.api.services import Services
 from server.auth import Principal, Scope
+from server.auth.authenticator import Recognised
 from server.delivery import Delivery
 from server.errors import NotFound, Unauthenticated
 from server.ledger.models import File
@@ -63,7 +64,9 @@ class Shelf:
 class FakeAuthenticator:
     """Lets in whoever presents `Bearer good`."""
 
-    async def principal(self, authorization: str | None, acting_user: str | None, needed: Scope, client: str | None) -> Principal:
+    async def principal(
+        self, authorization: str | None, acting_user: str | None, needed: Scope, client: str | None, recognised: Recognised
+    ) -> Principal:
         assert client is None
         assert needed is Scope.FILES_READ
         if authorization != "Bearer good":
