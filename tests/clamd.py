@@ -96,10 +96,13 @@ def clamd_running() -> Iterator[Clamd]:
             clamd.stop()
 
 
+Behaviour = Callable[["FalseClamd", socket.socket], bytes]
+
+
 class FalseClamd:
     """Answers every connection with what `behave` returns, which gets this object and the connection; a PING as the real one does."""
 
-    def __init__(self, behave: Callable[["FalseClamd", socket.socket], bytes]) -> None:
+    def __init__(self, behave: Behaviour) -> None:
         self.behave = behave
         self.release = threading.Event()
         self.now = self.most = self.count = 0
@@ -149,3 +152,16 @@ def read_stream(connection: socket.socket) -> int:
             return total
         total += len(file.read(length))
     return -1
+
+
+def infected(body: bytes, marker: bytes = MARKER) -> bytes:
+    """The marker in the middle of where it is not seen at once."""
+    at = len(body) * 2 // 3
+    return body[:at] + marker + body[at + len(marker) :]
+
+
+def silent(false: FalseClamd, connection: socket.socket) -> bytes:
+    """Takes all the bytes and says nothing of them until the end."""
+    read_stream(connection)
+    false.release.wait()
+    return b""

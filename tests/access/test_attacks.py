@@ -5,9 +5,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.attack.cases import CASES, Case, run
-from tests.attack.target import Target
+from tests.attack.target import Target, target_on
 from tests.conftest import PostgresServer
-from tests.serving import new_server
 
 
 @pytest.fixture(scope="module")
@@ -16,13 +15,10 @@ def target(postgres_servers: Callable[[bool], PostgresServer], tmp_path_factory:
     postgres = postgres_servers(False)
     database_url = postgres.clone()
     scratch = tmp_path_factory.mktemp("attack")
-    server = new_server(database_url, scratch, None, {"COFFER_LOG_LEVEL": "debug"})
     try:
-        server.start()
-        with Target(server, thorough=False, scratch=scratch) as target:
+        with target_on(database_url, scratch, thorough=False) as target:
             yield target
     finally:
-        server.kill()
         postgres.drop(database_url)
 
 

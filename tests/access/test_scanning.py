@@ -18,8 +18,21 @@ from server.metrics import Metrics
 from server.settings import SettingError, Settings
 from tests.access.test_download_links import code
 from tests.access.test_upload_links import upload_link, usage
+from tests.access.ways_in import WAYS_IN, chunked, form, raw
 from tests.api.test_metrics import scraped
-from tests.clamd import EICAR, LONGEST_SCANNED_BYTES, LONGEST_STREAM_BYTES, MARKER, Clamd, FalseClamd, clamd_running, read_stream
+from tests.clamd import (
+    EICAR,
+    LONGEST_SCANNED_BYTES,
+    LONGEST_STREAM_BYTES,
+    MARKER,
+    Behaviour,
+    Clamd,
+    FalseClamd,
+    clamd_running,
+    infected,
+    read_stream,
+    silent,
+)
 from tests.samples import image, video
 from tests.serving import RunningServer, ServerFactory, execute
 from tests.waiting import until
@@ -29,8 +42,6 @@ SMALL, LARGE = 5_000, 2 * MIB + 5  # waits in memory; goes to the disk
 SIGNATURE = "Coffer.Marker.UNOFFICIAL"
 FOUND = (422, "infected")
 AWAY = (503, "scanner_unavailable")
-
-Behaviour = Callable[[FalseClamd, socket.socket], bytes]
 
 
 @pytest.fixture(scope="module")
@@ -62,43 +73,6 @@ def falsely(start_server: ServerFactory) -> Iterator[Callable[..., tuple[Running
     yield start
     for each in started:
         each.close()
-
-
-def infected(body: bytes) -> bytes:
-    """The marker in the middle of where it is not seen at once."""
-    at = len(body) * 2 // 3
-    return body[:at] + MARKER + body[at + len(MARKER) :]
-
-
-def in_pieces(body: bytes) -> Iterator[bytes]:
-    yield from (body[at : at + 100_000] for at in range(0, len(body), 100_000))
-
-
-def raw(client: httpx.Client, body: bytes) -> httpx.Response:
-    return client.post("/api/files/upload", content=body)
-
-
-def chunked(client: httpx.Client, body: bytes) -> httpx.Response:
-    return client.post("/api/files/upload", content=in_pieces(body))
-
-
-def form(client: httpx.Client, body: bytes) -> httpx.Response:
-    return client.post("/api/files/upload", files={"file": ("a.png", body)})
-
-
-def with_key(client: httpx.Client, body: bytes) -> httpx.Response:
-    return client.post("/api/files/upload", content=body, headers={"Idempotency-Key": f"{hash(body)}"})
-
-
-def by_link(client: httpx.Client, body: bytes) -> httpx.Response:
-    link = upload_link(client, max_bytes=len(body))
-    answer = httpx.put(f"{client.base_url}{link['url']}", content=body)
-    if answer.status_code >= 400:
-        client.delete(f"/api/uploads/links/{link['file_id']}")
-    return answer
-
-
-WAYS_IN = [raw, chunked, form, with_key, by_link]
 
 
 def assert_nothing_is_left(server: RunningServer, client: httpx.Client, used_bytes: int = 0) -> None:
@@ -276,12 +250,6 @@ def test_an_address_is_taken(address: str) -> None:
 
 
 # When clamd fails
-
-
-def silent(false: FalseClamd, connection: socket.socket) -> bytes:
-    read_stream(connection)
-    false.release.wait()
-    return b""
 
 
 def deaf(false: FalseClamd, connection: socket.socket) -> bytes:

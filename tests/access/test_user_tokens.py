@@ -1,8 +1,5 @@
 """User tokens against a running server: who is believed, and everybody who is not."""
 
-import base64
-import hashlib
-import hmac
 import json
 import os
 import subprocess
@@ -17,33 +14,30 @@ import httpx
 import jwt
 import pytest
 
-from tests.access.issuers import APP, Issuer, SigningKey, listener, part
+from tests.access.forged_tokens import EC, ED, OFFLINE, RSA, Issuers, entry, refused_tokens
+from tests.access.issuers import Issuer, SigningKey, listener
 from tests.conftest import PostgresServer
 from tests.samples import image
 from tests.serving import DEFAULTS, RunningServer, ServerFactory, execute, new_server
 from tests.waiting import until
 
-RSA = SigningKey("RS256", "ins_1")
-EC, ED = SigningKey("ES256", "ec"), SigningKey("EdDSA", "ed")
-OFFLINE = SigningKey("RS256", "offline")
 NEVER = "3600"  # seconds: no second fetch within a test
 
 
-def entry(issuer: Issuer, **changes: Any) -> dict[str, Any]:
-    """An issuer of COFFER_TOKEN_ISSUERS, as one sets up Clerk."""
-    return {"issuer": issuer.url, "jwks_url": issuer.jwks_url, "authorized_parties": [APP], "leeway_seconds": 0} | changes
+def get(server: RunningServer, token: str, path: str = "/api/files", **headers: str) -> httpx.Response:
+    return httpx.get(f"{server.url}{path}", headers={"Authorization": f"Bearer {token}"} | headers)
 
 
 class Tokens:
-    """A server that takes tokens of a Clerk-like issuer, of one with audiences and other algorithms, and of one that is offline."""
+    """A server, and whose tokens it takes."""
 
-    def __init__(self, clerk: Issuer, other: Issuer, server: RunningServer) -> None:
-        self.clerk = clerk
-        self.other = other
+    def __init__(self, issuers: Issuers, server: RunningServer) -> None:
+        self.issuers = issuers
+        self.clerk, self.other = issuers.clerk, issuers.other
         self.server = server
 
     def get(self, token: str, path: str = "/api/files", **headers: str) -> httpx.Response:
-        return httpx.get(f"{self.server.url}{path}", headers={"Authorization": f"Bearer {token}"} | headers)
+        return get(self.server, token, path, **headers)
 
     def client(self, token: str) -> httpx.Client:
         return httpx.Client(base_url=self.server.url, headers={"Authorization": f"Bearer {token}"})
@@ -53,28 +47,16 @@ class Tokens:
 def tokens(postgres_servers: Callable[[bool], PostgresServer], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tokens]:
     postgres = postgres_servers(False)
     database_url = postgres.clone()
-    clerk, other = Issuer(RSA), Issuer(EC, ED)
     directory = tmp_path_factory.mktemp("tokens")
-    (directory / "key.pem").write_bytes(OFFLINE.pem())
-    issuers = [
-        entry(clerk),
-        entry(other, authorized_parties=[], audiences=["coffer", "media"], algorithms=["ES256", "EdDSA"]),
-        {"issuer": "offline", "public_key_file": str(directory / "key.pem"), "audiences": ["coffer"], "leeway_seconds": 30},
-    ]
-    environment = {
-        "COFFER_TOKEN_ISSUERS": json.dumps(issuers),
-        "COFFER_TOKEN_KEYS_REFETCH_SECONDS": NEVER,
-        "COFFER_LOG_LEVEL": "debug",
-    }
-    server = new_server(database_url, directory, None, environment)
-    try:
-        server.start()
-        yield Tokens(clerk, other, server)
-    finally:
-        server.kill()
-        clerk.down()
-        other.down()
-        postgres.drop(database_url)
+    with Issuers(directory) as issuers:
+        environment = issuers.environment | {"COFFER_TOKEN_KEYS_REFETCH_SECONDS": NEVER, "COFFER_LOG_LEVEL": "debug"}
+        server = new_server(database_url, directory, None, environment)
+        try:
+            server.start()
+            yield Tokens(issuers, server)
+        finally:
+            server.kill()
+            postgres.drop(database_url)
 
 
 def code(answer: httpx.Response) -> tuple[int, str]:
@@ -140,106 +122,10 @@ def test_claims_give_no_rights(tokens: Tokens) -> None:
 # Who is not
 
 
-def unsigned(header: dict[str, Any], claims: dict[str, Any]) -> str:
-    return f"{part(json.dumps(header))}.{part(json.dumps(claims))}"
-
-
-def hmac_of(text: str, secret: bytes) -> str:
-    return base64.urlsafe_b64encode(hmac.digest(secret, text.encode(), hashlib.sha256)).rstrip(b"=").decode()
-
-
-def refused_tokens(clerk: Issuer, other: Issuer) -> Iterator[tuple[str, str]]:
-    """Every token that is not to be believed, by its name. Each differs from a good one in one thing."""
-    now = int(time.time())
-    claims, good = clerk.claims(), clerk.token()
-    head, body, signature = good.split(".")
-
-    def headers(**changes: Any) -> str:
-        return RSA.sign(claims, **changes)
-
-    # Signatures
-    yield "none", unsigned({"alg": "none"}, claims) + "."
-    yield "none with a signature", unsigned({"alg": "none", "kid": RSA.kid}, claims) + "." + signature
-    yield "none in capitals", unsigned({"alg": "NONE", "kid": RSA.kid}, claims) + ".AA"
-    for name, secret in (("the public key", RSA.pem()), ("the JWK", json.dumps(RSA.jwk()).encode()), ("nothing", b"")):
-        text = unsigned({"alg": "HS256", "kid": RSA.kid, "typ": "JWT"}, claims)
-        yield f"HS256 with {name}", f"{text}.{hmac_of(text, secret)}"
-    text = unsigned({"alg": "HS256", "kid": "whatever"}, claims | {"iss": "offline", "aud": "coffer"})
-    yield "HS256 with the PEM of the file", f"{text}.{hmac_of(text, OFFLINE.pem())}"
-    yield "another algorithm of the same key", jwt.encode(claims, RSA.private, "PS256", {"kid": RSA.kid})
-    yield "no algorithm", f"{unsigned({'kid': RSA.kid}, claims)}.{signature}"
-    yield "an algorithm that is no text", f"{unsigned({'alg': ['RS256'], 'kid': RSA.kid}, claims)}.{signature}"
-    yield "another's key", SigningKey("RS256", RSA.kid).sign(claims)
-    yield "a changed claim", f"{head}.{part(json.dumps(claims | {'sub': 'eve'}))}.{signature}"
-    yield "no signature", f"{head}.{body}."
-    yield "two parts", f"{head}.{body}"
-    yield "four parts", f"{good}.AA"
-    yield "padding", f"{good}=="
-    yield "an unknown kid", headers(kid="unknown")
-    yield "a kid that is no text", headers(kid=1)
-    yield "a key of another issuer", EC.sign(claims)
-    yield "another issuer's token with our key", RSA.sign(other.claims(aud="coffer"))
-    # Headers
-    yield "its own key", jwt.encode(claims, EC.private, "ES256", {"kid": "mine", "jwk": EC.jwk()})
-    for name in ("jwk", "jku", "x5u", "x5c"):
-        yield f"a good signature and {name}", headers(**{name: "x"})
-    for name, value in (("crit", ["exp"]), ("crit", []), ("crit", ["b64"]), ("b64", True), ("b64", False)):
-        yield f"{name} {value}", headers(**{name: value})
-    for kind in ("logout+jwt", "dpop+jwt", "JWE", 1):
-        yield f"type {kind}", headers(typ=kind)
-    # Claims
-    changes: list[tuple[str, dict[str, Any]]] = [
-        ("no exp", {"exp": None}),
-        ("no iat", {"iat": None}),
-        ("no sub", {"sub": None}),
-        ("no iss", {"iss": None}),
-        ("expired", {"iat": now - 600, "exp": now - 1}),
-        ("from the future", {"iat": now + 120}),
-        ("not yet valid", {"nbf": now + 120}),
-        ("exp as text", {"exp": str(now + 300)}),
-        ("exp true", {"exp": True}),
-        ("exp beyond all dates", {"exp": 10**300}),
-        ("iat negative", {"iat": -1}),
-        ("wrong iss", {"iss": "https://elsewhere.example.com"}),
-        ("iss with a slash more", {"iss": clerk.url + "/"}),
-        ("iss a list", {"iss": [clerk.url]}),
-        ("wrong azp", {"azp": "https://evil.example.com"}),
-        ("no azp", {"azp": None}),
-        ("azp a list", {"azp": [APP]}),
-        ("an aud where none is allowed", {"aud": "coffer"}),
-        ("pending", {"sts": "pending"}),
-        ("sub a number", {"sub": 7}),
-        ("sub empty", {"sub": ""}),
-        ("sub too long", {"sub": "x" * 256}),
-        ("sub with a control character", {"sub": "a\nb"}),
-        ("too long", {"sub": "ada", "filling": "x" * 8_192}),
-    ]
-    for name, change in changes:
-        yield name, RSA.sign(clerk.claims(**change))
-    for aud in ("elsewhere", None, ["a", "b"], [], 1, ["coffer", 1], {"coffer": 1}):
-        yield f"aud {aud}", EC.sign(other.claims(aud=aud))
-    yield "offline and ended longer ago", OFFLINE.sign(clerk.claims(iss="offline", aud="coffer", exp=now - 60))
-    # Texts
-    header, members = '{"alg":"RS256","kid":"ins_1"', json.dumps(claims)[:-1]
-    yield "sub twice", RSA.sign_texts(header + "}", members + ',"sub":"eve"}')
-    yield "sub twice, alike", RSA.sign_texts(header + "}", members + ',"sub":"user_2abc"}')
-    yield "something nested twice", RSA.sign_texts(header + "}", members + ',"x":{"a":1,"a":2}}')
-    yield "alg twice", RSA.sign_texts(header + ',"alg":"none"}', members + "}")
-    yield "claims that are a list", RSA.sign_texts(header + "}", f"[{members}}}]")
-    yield "claims that are text", RSA.sign_texts(header + "}", "ada")
-    yield "a header that is a list", RSA.sign_texts(f"[{header}}}]", members + "}")
-    yield "NaN", RSA.sign_texts(header + "}", members + ',"nbf":NaN}')
-    yield "deep nesting", RSA.sign_texts(header + "}", members + ',"x":' + "[" * 2_000 + "]" * 2_000 + "}")
-    yield "a long number", RSA.sign_texts(header + "}", members + ',"x":' + "9" * 5_000 + "}")
-    yield "half a surrogate pair", RSA.sign_texts(header + "}", members.replace("user_2abc", "a\\ud800") + "}")
-    for name, text in (("dots", ".."), ("words", "a.b.c"), ("a long text", "x" * 60_000), ("Unicode", "ü.ü.ü")):
-        yield name, text
-
-
 def test_everything_else_is_refused_alike(tokens: Tokens) -> None:
-    fetches = (tokens.clerk.fetches, tokens.other.fetches)
+    fetches = tokens.issuers.fetches
     names = set()
-    for name, token in refused_tokens(tokens.clerk, tokens.other):
+    for name, token in refused_tokens(tokens.issuers):
         names.add(name)
         answer = httpx.get(f"{tokens.server.url}/api/files", headers=[(b"Authorization", b"Bearer " + token.encode())])
         problem = answer.json()
@@ -254,7 +140,7 @@ def test_everything_else_is_refused_alike(tokens: Tokens) -> None:
         }, name
     assert len(names) > 80
     assert tokens.get(tokens.clerk.token()).status_code == 200
-    assert (tokens.clerk.fetches, tokens.other.fetches) == fetches
+    assert tokens.issuers.fetches == fetches
 
 
 def test_keys_that_a_token_names_are_not_fetched(tokens: Tokens) -> None:
@@ -333,15 +219,14 @@ def test_a_rotated_key_is_taken_and_an_outage_survived(start_server: ServerFacto
     clerk, second = Issuer(RSA), SigningKey("RS256", "ins_2")
     try:
         server = start_server(COFFER_TOKEN_ISSUERS=json.dumps([entry(clerk)]), COFFER_TOKEN_KEYS_REFETCH_SECONDS="1")
-        tokens = Tokens(clerk, clerk, server)
-        assert tokens.get(clerk.token()).status_code == 200
+        assert get(server, clerk.token()).status_code == 200
         clerk.keys = [second, RSA]
-        until(lambda: tokens.get(clerk.token()).status_code == 200, timeout_seconds=10)
-        assert tokens.get(RSA.sign(clerk.claims(sub="old key"))).status_code == 200
+        until(lambda: get(server, clerk.token()).status_code == 200, timeout_seconds=10)
+        assert get(server, RSA.sign(clerk.claims(sub="old key"))).status_code == 200
         clerk.down()
         for key in (RSA, second):
-            assert tokens.get(key.sign(clerk.claims(sub=f"during the outage {key.kid}"))).status_code == 200
-        assert tokens.get(RSA.sign(clerk.claims(), kid="ins_3")).status_code == 401
+            assert get(server, key.sign(clerk.claims(sub=f"during the outage {key.kid}"))).status_code == 200
+        assert get(server, RSA.sign(clerk.claims(), kid="ins_3")).status_code == 401
     finally:
         clerk.down()
 
@@ -351,14 +236,13 @@ def test_an_issuer_that_was_never_reached(start_server: ServerFactory) -> None:
     clerk.down()
     try:
         server = start_server(COFFER_TOKEN_ISSUERS=json.dumps([entry(clerk)]), COFFER_TOKEN_KEYS_REFETCH_SECONDS="1")
-        tokens = Tokens(clerk, clerk, server)
-        refused = tokens.get(clerk.token())
+        refused = get(server, clerk.token())
         assert (code(refused), refused.headers["retry-after"]) == ((503, "token_keys_unavailable"), "10")
-        assert tokens.get(clerk.token(iss="https://elsewhere.example.com")).status_code == 401
+        assert get(server, clerk.token(iss="https://elsewhere.example.com")).status_code == 401
         with server.client("ada") as ada:
             assert ada.get("/api/files").status_code == 200
         clerk.up()
-        until(lambda: tokens.get(clerk.token()).status_code == 200, timeout_seconds=10)
+        until(lambda: get(server, clerk.token()).status_code == 200, timeout_seconds=10)
     finally:
         clerk.down()
 

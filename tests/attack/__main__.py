@@ -12,8 +12,7 @@ from pathlib import Path
 
 from ops.embedded_postgres import EmbeddedPostgres
 from tests.attack.cases import CASES, Case, run
-from tests.attack.target import Target
-from tests.serving import RunningServer, new_server
+from tests.attack.target import Target, target_on
 
 NOT_DURABLE = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
 
@@ -33,21 +32,12 @@ def main() -> int:
         scratch.chmod(0o711)  # the embedded PostgreSQL, started by root, runs as another user
         postgres = EmbeddedPostgres(scratch / "postgres", settings=NOT_DURABLE)
         try:
-            server = new_server(postgres.start(), scratch, None, {"COFFER_LOG_LEVEL": "debug"})
-            outcomes = _attack(chosen, server, scratch)
+            with target_on(postgres.start(), scratch, thorough=True) as target:
+                outcomes = [_told(case, target) for case in chosen]
         finally:
             postgres.stop()
     print(f"\n{outcomes.count(True)} of {len(outcomes)} held, in {time.monotonic() - began:.0f} s", flush=True)
     return 0 if all(outcomes) else 1
-
-
-def _attack(cases: list[Case], server: RunningServer, scratch: Path) -> list[bool]:
-    server.start()
-    try:
-        with Target(server, thorough=True, scratch=scratch) as target:
-            return [_told(case, target) for case in cases]
-    finally:
-        server.kill()
 
 
 def _told(case: Case, target: Target) -> bool:

@@ -5,17 +5,21 @@ from typing import NamedTuple
 
 from tests.attack import (
     active_content,
+    api_keys,
     dispositions,
     dressed,
+    floods,
     forged_links,
+    forged_tokens,
     generated,
     internal_headers,
     names,
     ranges,
     secrets_in_logs,
     strangers,
+    viruses,
 )
-from tests.attack.target import Tally, Target
+from tests.attack.target import Tally, Target, errors_in
 
 
 class Case(NamedTuple):
@@ -33,10 +37,14 @@ CASES = [
     Case(6, "names and user ids", names.attack),
     Case(7, "active content", active_content.attack),
     Case(8, "names as headers", dispositions.attack),
+    Case(10, "forged user tokens", forged_tokens.attack),
+    Case(13, "floods", floods.attack),
     Case(14, "Range abuse", ranges.attack),
     Case(15, "internal headers", internal_headers.attack),
+    Case(16, "viruses", viruses.attack),
     Case(17, "generated requests", generated.attack),
-    # The last, as it looks through the log of all that went before.
+    # The last two, as they look through the database and the log of all that went before.
+    Case(12, "API keys", api_keys.attack),
     Case(12, "secrets in logs", secrets_in_logs.attack),
 ]
 
@@ -47,7 +55,7 @@ def run(case: Case, target: Target) -> str:
     pid, logged = target.server.pid, len(target.server.logged())
     figure = case.attack(target, tally)
     tally.check(target.nobody.get("/health/ready").status_code == 200 and target.server.pid == pid, "the server is not ready any more")
-    errors = [line for line in target.server.logged()[logged:].splitlines() if '"level":"error"' in line or not line.startswith("{")]
+    errors = errors_in(target.server.logged()[logged:])
     tally.check(not errors, f"{len(errors)} errors in the log, the first: {errors[:1]}")
     tally.settle()
     return figure

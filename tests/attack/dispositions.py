@@ -22,6 +22,7 @@ INJECTIONS = [
 _HEADERS = {
     *("content-type", "content-disposition", "accept-ranges", "repr-digest", "etag", "last-modified", "cache-control", "content-length"),
     *("x-content-type-options", "content-security-policy", "cross-origin-resource-policy", "x-request-id", "date", "content-range"),
+    *("referrer-policy", "ratelimit", "ratelimit-policy"),
 }
 # RFC 6266, section 4.1: a type, then parameters as tokens or quoted strings, and RFC 8187 for the extended one.
 _TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"

@@ -18,7 +18,7 @@ def attack(target: Target, tally: Tally) -> str:
     file_id = target.upload(target.ada)["id"]
     key, link, public = target.new_key(), target.link(target.ada, file_id), target.public_url(target.ada, file_id)
     upload, _ = target.upload_link(target.ada)
-    secrets = [key, key[:-1] + "!", link, link.split("/")[2], public, upload, upload.split("/")[2]]
+    secrets = [key, key[:-1] + "!", target.token("ada"), link, link.split("/")[2], public, upload, upload.split("/")[2]]
     failures = []
     for secret in secrets:
         escaped = quote(secret, safe="")
@@ -37,11 +37,11 @@ def attack(target: Target, tally: Tally) -> str:
     marker = "everything-is-logged"
     target.get("/health/live", [("X-Request-Id", marker)])
     until(lambda: marker in target.server.logged())
-    logged = target.server.logged()
+    logged = target.logged()
     told = "".join(f"{answer.head.decode()}{answer.body.decode()}" for answer in failures if answer.status >= 400)
     for place, text in (("the log", logged), ("the metrics", target.nobody.get("/metrics").text), ("an answer that refuses", told)):
         words = "\n".join(word for word in set(_WORD.findall(text)) if not _REQUEST_ID.fullmatch(word))
-        for secret in target.secrets:
+        for secret in target.secrets | target.public_ids:
             tally.check(secret not in words, f"{secret[:12]}... is in {place}: {_around(text, secret)}")
     where = f"{len(logged) / 2**20:.1f} MiB of log, {len(failures)} answers and the metrics"
     return f"{len(target.secrets):,} secrets looked for in {where}: 0 found"

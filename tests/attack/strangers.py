@@ -5,27 +5,13 @@ import time
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-import msgspec
-
 from server.auth import Scope
+from tests.attack.routes import ADMINS, Operation, content_of, operations_of
 from tests.attack.target import BODY, MISSING, Tally, Target
-from tests.attack.wire import Headers, request
+from tests.attack.wire import request
 
 MISSING_PUBLIC_ID = "A" * 22
-_METHODS = ("get", "head", "post", "put", "patch", "delete")
 
-# A body for each type of body that routes take; {id} is the file meant. A new type needs a line here, or the attack fails.
-BODIES: dict[str, Any] = {
-    "FileChanges": {"file_name": "stolen"},
-    "FavoriteChange": {"is_favorite": True},
-    "TagsChange": {"tags": ["stolen"]},
-    "FileIds": {"ids": ["{id}", "nonsense", "{id}"]},
-    "LinkWish": {"ttl_seconds": 60},
-    "LinksWish": {"ids": ["{id}", "nonsense", "{id}"]},
-    "PublicWish": {"is_public": True},
-    "UploadLinkWish": {"max_bytes": 10},
-    "QuotaChange": {"max_bytes": None},
-}
 # Headers that must not make a difference either: they are about bytes that a stranger has no part in.
 CONDITIONS: list[list[tuple[str, str]]] = [
     [],
@@ -37,11 +23,12 @@ CONDITIONS: list[list[tuple[str, str]]] = [
 
 
 class Credential(NamedTuple):
-    """Somebody who is not ada. `admits` says whether some routes let them in at all."""
+    """Somebody who is not ada. `admits` says whether some routes let them in at all, `is_admin` whether every user is their business."""
 
     name: str
     headers: list[tuple[str, str]]
     admits: bool
+    is_admin: bool = False
 
 
 class Belonging(NamedTuple):
@@ -50,13 +37,6 @@ class Belonging(NamedTuple):
     parameter: str
     value: str
     missing: str
-
-
-class Operation(NamedTuple):
-    method: str
-    path: str
-    parameters: list[str]
-    body: Any
 
 
 def attack(target: Target, tally: Tally) -> str:
@@ -73,7 +53,7 @@ def attack(target: Target, tally: Tally) -> str:
         Belonging("public_id", file["id"].replace("-", "")[:22], MISSING_PUBLIC_ID),
     ]
     before = target.listed(target.ada), target.ada.get("/api/storage/usage").json()
-    operations = _operations(target, tally)
+    operations = operations_of(target, tally)
     for operation in operations:
         for credential in _credentials(target):
             if operation.parameters or "{id}" in str(operation.body):
@@ -90,14 +70,16 @@ def attack(target: Target, tally: Tally) -> str:
 
 
 def _credentials(target: Target) -> list[Credential]:
-    """Who tries. User tokens, once there are some, are a line here."""
+    """Who tries."""
     powerless = target.new_key()
     token = target.link(target.bob, target.listed(target.bob)[0]["id"]).split("/")[2]
     upload_token = target.upload_link(target.bob)[0].split("/")[2]
     return [
-        Credential("an API key for bob", target.headers_of("bob"), admits=True),
-        Credential("an API key for somebody new", target.headers_of("nobody-yet"), admits=True),
-        Credential("an API key for ada's twin in capitals", target.headers_of("ADA"), admits=True),
+        Credential("an API key for bob", target.headers_of("bob"), admits=True, is_admin=True),
+        Credential("an API key for somebody new", target.headers_of("nobody-yet"), admits=True, is_admin=True),
+        Credential("an API key for ada's twin in capitals", target.headers_of("ADA"), admits=True, is_admin=True),
+        Credential("bob's user token", [("Authorization", f"Bearer {target.token('bob')}")], admits=True),
+        Credential("bob's user token for ada", [("Authorization", f"Bearer {target.token('bob')}"), ("X-User-Id", "ada")], admits=False),
         Credential("an API key without scopes for bob", [("Authorization", f"Bearer {powerless}"), ("X-User-Id", "bob")], admits=False),
         Credential("bob's link", [("Authorization", f"Bearer {token}"), ("X-User-Id", "ada")], admits=False),
         Credential("bob's upload link", [("Authorization", f"Bearer {upload_token}"), ("X-User-Id", "ada")], admits=False),
@@ -105,44 +87,13 @@ def _credentials(target: Target) -> list[Credential]:
     ]
 
 
-def _operations(target: Target, tally: Tally) -> list[Operation]:
-    """Every operation described, with its path parameters and a body. What this module does not know how to fill in is a breach."""
-    description = target.nobody.get("/schema/openapi.json").json()
-    found = []
-    for path, item in description["paths"].items():
-        for method in _METHODS:
-            if method not in item or path.startswith("/health"):
-                continue
-            parameters = [each["name"] for each in item[method].get("parameters", ()) if each.get("in") == "path"]
-            unknown = set(parameters) - {"file_id", "public_id", "user_id", "token", "name"}
-            tally.check(not unknown, f"{method.upper()} {path}: nobody knows what another user's {', '.join(sorted(unknown))} is")
-            body, known = _body(item[method])
-            tally.check(known, f"{method.upper()} {path}: nobody knows a body for it")
-            if known and not unknown:
-                found.append(Operation(method.upper(), path, parameters, body))
-    tally.check(len(found) >= 30, "the description holds too few routes to be whole")
-    return found
-
-
-def _body(operation: dict[str, Any]) -> tuple[Any, bool]:
-    content = operation.get("requestBody", {}).get("content", {})
-    if not content:
-        return None, True
-    if "application/octet-stream" in content:
-        return BODY, True
-    schema = content.get("application/json", {}).get("schema", {})
-    references = [each["$ref"] for each in (schema, *schema.get("oneOf", ()), *schema.get("anyOf", ())) if "$ref" in each]
-    name = references[0].rpartition("/")[2] if references else ""
-    return BODIES.get(name), name in BODIES
-
-
 def _compare(target: Target, tally: Tally, operation: Operation, credential: Credential, belonging: Belonging, etag: str) -> None:
     named = {"user_id": ("ada", "nobody-at-all"), "token": ("A" * 150 + "." + "A" * 43,) * 2, "name": ("x.png",) * 2}
     if belonging.parameter not in operation.parameters and not (belonging.parameter == "file_id" and "{id}" in str(operation.body)):
         if not set(operation.parameters) & named.keys():
             return
-        if credential.admits and "user_id" in operation.parameters:
-            return  # an admin's key: every user is its business
+        if credential.is_admin and "user_id" in operation.parameters:
+            return
     named[belonging.parameter] = (belonging.value, belonging.missing)
     for condition in CONDITIONS:
         answers = []
@@ -152,13 +103,13 @@ def _compare(target: Target, tally: Tally, operation: Operation, credential: Cre
                 path = path.replace(f"{{{name}}}", quote(named[name][which], safe="") if name in named else MISSING)
             ids = named.get("file_id", (MISSING, MISSING))
             headers = [*credential.headers, *((name, value.replace("{etag}", etag)) for name, value in condition)]
-            answer = target.wire.expect(request(operation.method, path, *_content(operation.body, ids[which], headers)))
+            answer = target.wire.expect(request(operation.method, path, *content_of(operation.body, ids[which], headers)))
             answers.append(answer.comparable(*(named[name][which] for name in ("file_id", "user_id", "public_id") if name in named)))
         what = f"{operation.method} {operation.path} with {credential.name}, {condition}, {belonging.parameter} {belonging.value}"
         tally.check(answers[0] == answers[1], f"{what}: {answers[0]} is not {answers[1]}")
         bulk = "{id}" in str(operation.body)
         expected = {404, 200} if bulk else {404}
-        if not credential.admits and not operation.path.startswith(("/f/", "/p/", "/u/")):
+        if not _is_let_in(credential, operation) and not operation.path.startswith(("/f/", "/p/", "/u/")):
             expected = {401, 403}
         elif {"token"} & set(operation.parameters):
             expected = {403}
@@ -167,21 +118,17 @@ def _compare(target: Target, tally: Tally, operation: Operation, credential: Cre
             tally.check(not any(each in answers[0][2] for each in (b'"deleted"', b'"linked"', b'"url"')), f"{what}: {answers[0][2]!r}")
 
 
-def _content(body: Any, file_id: str, headers: Headers) -> tuple[list[tuple[str, str]], bytes]:
-    if body is None:
-        return list(headers), b""
-    if isinstance(body, bytes):
-        return list(headers), body
-    return [*headers, ("Content-Type", "application/json")], msgspec.json.encode(body).replace(b"{id}", file_id.encode())
+def _is_let_in(credential: Credential, operation: Operation) -> bool:
+    return credential.admits and (credential.is_admin or not operation.path.startswith(ADMINS))
 
 
 def _look_around(target: Target, tally: Tally, operation: Operation, credential: Credential) -> None:
     """A route that names no file: nothing of ada's is in its answer."""
-    if operation.path.startswith("/api/users") and credential.admits:
+    if operation.path.startswith(ADMINS) and credential.is_admin:
         return
-    answer = target.wire.expect(request(operation.method, operation.path, *_content(operation.body, MISSING, credential.headers)))
+    answer = target.wire.expect(request(operation.method, operation.path, *content_of(operation.body, MISSING, credential.headers)))
     what = f"{operation.method} {operation.path} with {credential.name}"
-    tally.check(credential.admits or answer.status in {401, 403}, f"{what}: {answer.status}")
+    tally.check(_is_let_in(credential, operation) or answer.status in {401, 403}, f"{what}: {answer.status}")
     tally.check(b"adas-secret" not in answer.body and b'"ada"' not in answer.body, f"{what} shows {answer.body[:200]!r}")
 
 

@@ -1,8 +1,8 @@
 """What an attack has before it: a running server with two users, and a count of what held and what did not."""
 
 import random
-from collections.abc import Collection, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -10,13 +10,20 @@ from typing import Any, TypeVar
 import httpx
 
 from server.auth import Scope
+from tests.access.forged_tokens import Issuers
 from tests.attack.wire import Answer, Headers, Wire, request
 from tests.samples import image
-from tests.serving import RunningServer
+from tests.serving import RunningServer, new_server
 
 MISSING = "01900000-0000-7000-8000-000000000000"
 MOST_BREACHES_TOLD = 5
 BODY = image(20_000)
+# The limits per address are an attack of their own; all of the others come from one address.
+ENVIRONMENT = {
+    "COFFER_LOG_LEVEL": "debug",
+    "COFFER_RATE_FAILURES_PER_ADDRESS": "off",
+    "COFFER_RATE_LINKS_PER_ADDRESS": "off",
+}
 
 T = TypeVar("T")
 
@@ -29,15 +36,20 @@ class Target(AbstractContextManager["Target"]):
     """A server with the users `ada` (who is attacked) and `bob` (who attacks), each with a file.
 
     `thorough` is for `make attack`; without it, counts are small enough for `make test`. `secrets` are all keys and tokens made so
-    far: none of them may ever turn up in the log. `random` has a fixed seed, so a run can be repeated.
+    far: none of them may ever turn up in the log. `public_ids` are no secrets, but no log should collect them either. `random` has a
+    fixed seed, so a run can be repeated.
     """
 
-    def __init__(self, server: RunningServer, *, thorough: bool, scratch: Path) -> None:
+    def __init__(self, server: RunningServer, issuers: Issuers, *, thorough: bool, scratch: Path) -> None:
         self.server = server
+        self.issuers = issuers
+        self.servers = [server]
+        self._environment = ENVIRONMENT | issuers.environment
         self.thorough = thorough
         self.scratch = scratch
         self.random = random.Random(20_260_101)
         self.secrets: set[str] = set()
+        self.public_ids: set[str] = set()
         self.wire = Wire(server.host, server.port)
         self.nobody = httpx.Client(base_url=server.url, timeout=30)
         self._keep(server.api_key)
@@ -70,6 +82,28 @@ class Target(AbstractContextManager["Target"]):
         self._keep(key)
         return key
 
+    def token(self, user_id: str, /, **claims: Any) -> str:
+        """A user token that is good for a few minutes, with further claims."""
+        token = self.issuers.clerk.token(sub=user_id, **claims)
+        self.secrets |= {token, *token.split(".")[1:]}  # the header is alike for all
+        return token
+
+    @contextmanager
+    def another_server(self, **environment: str) -> Iterator[RunningServer]:
+        """One more server with the same data and keys, and these settings besides the first one's. It has a log of its own."""
+        log = self.scratch / f"log-{len(self.servers)}"
+        server = RunningServer(self.server.database_url, self.server.volume, log, self.server.api_key, self._environment | environment)
+        self.servers.append(server)
+        try:
+            server.start()
+            yield server
+        finally:
+            server.kill()
+
+    def logged(self) -> str:
+        """What all servers have written."""
+        return "".join(server.logged() for server in self.servers)
+
     def upload(self, client: httpx.Client, body: bytes = BODY, **fields: str) -> dict[str, Any]:
         """Stores a file and returns its fields."""
         answer = client.post("/api/files/upload", content=body, params={"name": "file.png"} | fields)
@@ -94,7 +128,7 @@ class Target(AbstractContextManager["Target"]):
         answer = client.put(f"/api/files/{file_id}/public", json={"is_public": True})
         assert answer.status_code == 200, answer.text
         url: str = answer.json()["url"]
-        self.secrets.add(url.removeprefix("/p/"))
+        self.public_ids.add(url.removeprefix("/p/"))
         return url
 
     def get(self, target: str | bytes, headers: Headers = ()) -> Answer:
@@ -126,6 +160,24 @@ class Target(AbstractContextManager["Target"]):
         token = url.split("/")[2]
         self.secrets |= {token, *token.split(".")}
         return url
+
+
+@contextmanager
+def target_on(database_url: str, scratch: Path, *, thorough: bool) -> Iterator[Target]:
+    """A target on an empty database, running until the end. What it leaves in `scratch` is for its maker to remove."""
+    with Issuers(scratch) as issuers:
+        server = new_server(database_url, scratch, None, ENVIRONMENT | issuers.environment)
+        try:
+            server.start()
+            with Target(server, issuers, thorough=thorough, scratch=scratch) as target:
+                yield target
+        finally:
+            server.kill()
+
+
+def errors_in(log: str) -> list[str]:
+    """The lines that tell of an error, or are none of ours."""
+    return [line for line in log.splitlines() if '"level":"error"' in line or not line.startswith("{")]
 
 
 class Tally:

@@ -14,7 +14,7 @@ PIPELINED = 32
 
 # What may be sent before the answer to the request in front of it has come. Anything else may make the server hang up.
 _PLAIN = re.compile(rb"[A-Z]+ /[!$-~]* HTTP/1\.1\r\n(?:[A-Za-z-]+: [ -~\x80-\xff]*\r\n)*\r\n", re.DOTALL)
-_OF_ITS_OWN = {"date", "x-request-id"}  # differ between any two answers
+_OF_ITS_OWN = {"date", "x-request-id", "ratelimit"}  # differ between any two answers, the last by how often was asked
 
 Headers = Iterable[tuple[str, str]]
 
@@ -42,7 +42,7 @@ class Answer:
         return str(msgspec.json.decode(self.body)["code"])
 
     def comparable(self, *private: str) -> tuple[int, tuple[tuple[str, str], ...], bytes]:
-        """All of it but the date and the request's id, with what the two requests do not share (`private`) blanked out."""
+        """All of it but what any two answers differ in, with what the two requests do not share (`private`) blanked out."""
         body = self.body
         for text in (*(value for name, value in self.headers if name == "x-request-id"), *private):
             body = body.replace(text.encode(), b"*")
@@ -52,8 +52,10 @@ class Answer:
 class Wire:
     """One connection at a time, kept while the server keeps it."""
 
-    def __init__(self, host: str, port: int, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
+    def __init__(self, host: str, port: int, timeout_seconds: float = TIMEOUT_SECONDS, *, source: str = "") -> None:
+        """`source` is the address of this machine to come from."""
         self._address = (host, port)
+        self._source = (source, 0) if source else None
         self._timeout_seconds = timeout_seconds
         self._socket: socket.socket | None = None
         self._reader: BinaryIO | None = None
@@ -68,7 +70,7 @@ class Wire:
     def ask(self, request: bytes) -> Answer | None:
         """The first answer to these bytes; None when the server hung up without one."""
         if self._socket is None:
-            self._socket = socket.create_connection(self._address, self._timeout_seconds)
+            self._socket = socket.create_connection(self._address, self._timeout_seconds, self._source)
             self._reader = self._socket.makefile("rb")
         with suppress(ConnectionError):  # hung up while we were talking: what it said before is still there to be read
             self._socket.sendall(request)
