@@ -1,7 +1,7 @@
 """Letting a request in: its credentials are judged before a byte of its body is read."""
 
 from collections.abc import Awaitable, Callable, MutableMapping
-from functools import partial
+from functools import lru_cache, partial
 from ipaddress import ip_address
 from typing import Any, cast
 from uuid import UUID
@@ -14,6 +14,8 @@ from server.actor import Actor, Kind, act_as
 from server.api.services import Services
 from server.auth import Principal, Scope
 from server.errors import InvalidRequest, NotFound, Unauthenticated
+
+_MOST_ADDRESSES_REMEMBERED = 4_096  # parsing one takes longer than the rest of naming the actor
 
 AnyConnection = ASGIConnection[Any, Any, Any, Any]
 
@@ -61,6 +63,7 @@ def act_in(scope: MutableMapping[str, Any], kind: Kind, actor_id: str | None, us
     act_as(Actor(kind=kind, id=actor_id, user_id=user_id, address=address, request_id=logs.request_id.get()))
 
 
+@lru_cache(_MOST_ADDRESSES_REMEMBERED)
 def _address(host: str) -> str | None:
     """The IP address alone: the interface of a link-local one is nothing that PostgreSQL could keep."""
     try:
