@@ -181,6 +181,18 @@ def origins(text: str) -> tuple[str, ...]:
     return found
 
 
+def steps(least: int, most: int, most_steps: int) -> Callable[[str], tuple[int, ...]]:
+    """A reader of ascending whole numbers between two bounds, separated by spaces or commas."""
+
+    def read(text: str) -> tuple[int, ...]:
+        numbers = tuple(sorted({whole(word) for word in words(text)}))
+        if not numbers or len(numbers) > most_steps or numbers[0] < least or numbers[-1] > most:
+            raise ValueError(f"say 1 to {most_steps} whole numbers from {least} to {most}")
+        return numbers
+
+    return read
+
+
 def one_of(*choices: str) -> Callable[[str], str]:
     """A reader that takes one of these words."""
 

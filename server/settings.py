@@ -227,6 +227,47 @@ class Settings:
         "What becomes of a file that is too large to be scanned: `refuse`, or `accept` it unscanned.",
         read=values.one_of("refuse", "accept"),
     )
+    previews_in_quota: bool = setting(
+        False,
+        "Count previews against quotas: uploads then need room for what they bring beside them. The same in all servers.",
+        read=values.boolean,
+    )
+    previews_at_once: int = setting(
+        2, "Previews that a worker makes at once, each in a process of its own; as many as there are cores.", read=values.whole, at_least=1
+    )
+    preview_widths: tuple[int, ...] = setting(
+        (320, 640, 1280),
+        "Widths in pixels that every image and every video's poster is made in; none is enlarged.",
+        read=values.steps(16, 4096, 8),
+    )
+    preview_quality: int = setting(80, "Quality of WebP previews.", read=values.whole, at_least=1, at_most=100)
+    preview_animations: bool = setting(True, "Make a short animated preview of animated GIF and WebP.", read=values.boolean)
+    preview_storyboards: bool = setting(
+        False, "Make a storyboard of every video: frames side by side in one image, with a WebVTT index.", read=values.boolean
+    )
+    preview_clips: bool = setting(False, "Make a muted clip of three seconds of every video.", read=values.boolean)
+    variant_sizes: tuple[int, ...] = setting(
+        (64, 96, 128, 160, 240, 320, 480, 640, 800, 960, 1280, 1600, 1920, 2560),
+        "Widths and heights in pixels of pictures made on demand: what is asked for is rounded up to one of them.",
+        read=values.steps(16, 4096, 32),
+    )
+    variant_qualities: tuple[int, ...] = setting(
+        (50, 65, 80, 90),
+        "Qualities of pictures made on demand: what is asked for is rounded up to one of them.",
+        read=values.steps(1, 100, 8),
+    )
+    variant_cache_bytes: int = setting(
+        256 * MIB,
+        "Bytes that the pictures made on demand for one user may take; the least recently used give way.",
+        read=values.whole,
+        at_least=0,
+    )
+    preview_wait_seconds: int = setting(
+        30,
+        "How long a request for a preview that is still being made, or for a file with `wait=preview`, waits for it.",
+        read=values.whole,
+        at_least=0,
+    )
     audit_log_days: int = setting(
         400,
         "How long the audit trail keeps a record, in days; 0 for ever. Not less than 30: the database itself keeps those.",

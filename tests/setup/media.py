@@ -3,7 +3,7 @@
 import subprocess
 from pathlib import Path
 
-import imageio_ffmpeg  # type: ignore[import-untyped]
+import imageio_ffmpeg
 
 
 def make_photo(path: Path) -> bytes:

@@ -1,0 +1,42 @@
+"""Makes a file's previews, whatever it is: the one door to the decoders."""
+
+from pathlib import Path
+
+from server.previews import audio, decoders, video
+from server.previews.ffmpeg import DEMUXERS
+from server.previews.images import LOADERS
+from server.previews.models import Made, MadeFile, Unmakeable, Wishes
+from server.previews.scenes import SCENES
+from server.previews.variants import Variant
+
+__all__ = ["Made", "MadeFile", "Unmakeable", "Variant", "Wishes", "make", "make_variant"]
+
+
+async def make(source: Path, mime_type: str, output: Path, wishes: Wishes) -> Made:
+    """Makes previews of the file `source`, whose type was found to be `mime_type`, in the empty directory `output`.
+
+    Raises `Unmakeable`; anything else may be tried again. Then nothing is left in `output`.
+    """
+    if mime_type in LOADERS or mime_type in SCENES:
+        return await decoders.shared().make(source, mime_type, output, wishes)
+    if mime_type in DEMUXERS:
+        try:
+            if mime_type.startswith("audio/"):
+                return await audio.make(source, mime_type, output, wishes)
+            return await video.make(source, mime_type, output, wishes)
+        except BaseException:
+            _clear(output)
+            raise
+    raise Unmakeable("unsupported")
+
+
+async def make_variant(source: Path, mime_type: str, output: Path, variant: Variant) -> MadeFile:
+    """Makes the file `variant.name` in the directory `output` of `source`: a still, of an image or a scene's own. Raises as `make`."""
+    if mime_type in LOADERS or mime_type in SCENES:
+        return await decoders.shared().make_variant(source, mime_type, output, variant)
+    raise Unmakeable("unsupported")
+
+
+def _clear(directory: Path) -> None:
+    for each in directory.iterdir():
+        each.unlink()
