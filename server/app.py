@@ -13,10 +13,11 @@ from server.api.front import Front
 from server.api.limits import Limits
 from server.api.pace import PatientProtocol
 from server.api.services import Services
+from server.api.streams import Streams
 from server.auth import Authenticator, TokenUsers, UserTokens
-from server.delivery import Delivery, Links
+from server.delivery import AwaitedPreviews, Delivery, Links
 from server.intake import Housekeeping, Intake, Scanner
-from server.ledger import Database
+from server.ledger import Database, PreviewNotices
 from server.rates import Buckets
 from server.settings import SettingError, Settings, variable
 from server.vault import Vault
@@ -44,6 +45,7 @@ def assemble(settings: Settings) -> Front:
     _check_link_keys(settings)
     db = Database(settings)
     vault = Vault(settings.volume_reserve_bytes)
+    notices, streams = PreviewNotices(settings), Streams()
     figures = metrics.Metrics()
     scanner = Scanner(settings, figures) if settings.clamd else None
     services = Services(
@@ -51,12 +53,20 @@ def assemble(settings: Settings) -> Front:
         db=db,
         vault=vault,
         intake=Intake(settings, db, vault, scanner),
-        delivery=Delivery(db, vault, settings.link_resource_policy, audit_reads=settings.audit_reads),
+        delivery=Delivery(
+            db,
+            vault,
+            AwaitedPreviews(db, notices, settings.preview_wait_seconds, streams.stopping),
+            settings.link_resource_policy,
+            audit_reads=settings.audit_reads,
+        ),
         links=Links(settings.link_keys),
         authenticator=Authenticator(
             db, settings.api_key_cache_seconds, tokens=UserTokens.from_settings(settings), token_users=TokenUsers(settings, db)
         ),
         limits=Limits(settings, Buckets()),
+        notices=notices,
+        streams=streams,
         scanner=scanner,
         metrics=figures,
     )
@@ -87,6 +97,7 @@ async def _running(services: Services) -> AsyncIterator[None]:
     finally:
         if services.scanner is not None:
             services.scanner.close()
+        await services.notices.close()
         services.vault.close()
         await services.db.close()
         log.info("stopped")

@@ -17,7 +17,7 @@ import httpx
 from server import fields
 from server.actor import Actor, act_as
 from server.auth import Scope
-from server.commands import configuration, files, keys, trail, users, volumes
+from server.commands import configuration, files, keys, previews, trail, users, volumes
 from server.commands.failures import MEANING, CommandFailed, Exit, code_of
 from server.commands.output import say
 from server.errors import CofferError, InvalidRequest
@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_users(commands)
     _add_volumes(commands)
     _add_trail(commands)
+    _add_previews(commands)
     _add_files(commands)
     return parser
 
@@ -256,6 +257,32 @@ async def _trail(db: Database, _: Settings, arguments: argparse.Namespace) -> No
         until=_utc(arguments.until),
     )
     await trail.show_all(db, query=query, most=arguments.limit, as_json=arguments.json)
+
+
+# Previews
+
+
+def _add_previews(commands: Any) -> None:
+    group = _group(commands, "previews", "pictures of files, made by the worker")
+    _json(_database_command(group, "list-failed", _previews_list_failed, "the files whose preview failed, and why"))
+    retry = _database_command(group, "retry", _previews_retry, "try failed previews again")
+    which = retry.add_mutually_exclusive_group(required=True)
+    which.add_argument("file_id", type=UUID, nargs="*", default=[])
+    which.add_argument("--all", action="store_true", help="all that failed")
+    rebuild = _for_real(_database_command(group, "rebuild", _previews_rebuild, "make all previews anew"))
+    rebuild.add_argument("--user", type=_user_id, help="only those of this user")
+
+
+async def _previews_list_failed(db: Database, _: Settings, arguments: argparse.Namespace) -> None:
+    await previews.list_failed(db, as_json=arguments.json)
+
+
+async def _previews_retry(db: Database, _: Settings, arguments: argparse.Namespace) -> None:
+    await previews.retry(db, ids=list(dict.fromkeys(arguments.file_id)), for_all=arguments.all)
+
+
+async def _previews_rebuild(db: Database, _: Settings, arguments: argparse.Namespace) -> None:
+    await previews.rebuild(db, user_id=arguments.user, for_real=arguments.for_real)
 
 
 # A user's files, over HTTP

@@ -110,6 +110,24 @@ class NotFound(CofferError):
 
 
 @dataclass(slots=True, eq=False)
+class NoPreview(CofferError):
+    """There is no such preview of the file, and none will be made. `preview_state` and `preview_reason` are the file's."""
+
+    code = "no_preview"
+    title = "There is no such preview of this file."
+    preview_state: str | None
+    preview_reason: str | None
+
+
+@dataclass(slots=True, eq=False)
+class PreviewPending(CofferError):
+    """The preview is still to be made. Asking again is right."""
+
+    code = "preview_pending"
+    title = "This preview is still being made."
+
+
+@dataclass(slots=True, eq=False)
 class PreconditionFailed(CofferError):
     """`If-Match` or `If-Unmodified-Since` does not hold for the current bytes."""
 
@@ -294,6 +312,15 @@ class TooManyUploads(CofferError):
 
     code = "too_many_uploads"
     title = "The user has too many uploads or upload links open."
+    limit: int
+
+
+@dataclass(slots=True, eq=False)
+class TooManyStreams(CofferError):
+    """The user follows events as often as one user may at a time."""
+
+    code = "too_many_streams"
+    title = "The user has too many event streams open."
     limit: int
 
 

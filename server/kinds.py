@@ -23,6 +23,9 @@ KINDS = ("video", "image", "scene", "project", "audio")
 DIRECTORIES: Mapping[str, str] = {"video": "videos", "image": "images", "scene": "scenes", "project": "projects", "audio": "audio"}
 """The directory below a user's own that holds each kind."""
 
+PREVIEWED = frozenset(KINDS)
+"""The kinds of which previews are made: of scenes and projects where the file carries a picture of itself."""
+
 HEAD_BYTES = 8192
 """How much of a file's start `detect` looks at: room for two frames of AAC (the largest is 4,608 bytes with 6 channels)."""
 

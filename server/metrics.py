@@ -5,17 +5,21 @@ directory `PROMETHEUS_MULTIPROC_DIR`, which must be set before the processes sta
 answers a scrape for all.
 """
 
+import itertools
+import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
-from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.registry import Collector
+
+from server.kinds import PREVIEWED
 
 MEDIA_TYPE = "text/plain; version=0.0.4"
 VOLUME_STATES = ("open", "full", "read_only", "unavailable")
@@ -32,6 +36,18 @@ class VolumeFacts:
     volume_id: str
     state: str
     free_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class PreviewFacts:
+    """Files that wait for their preview, and those whose preview failed, by kind, at the moment of a scrape.
+
+    `made` are what the workers have counted, by kind and state: files and seconds by the bound of their seconds, ascending.
+    """
+
+    waiting: int
+    failed: Mapping[str, int]
+    made: Mapping[tuple[str, str], Sequence[tuple[float, int, float]]] = field(default_factory=dict)
 
 
 class Metrics:
@@ -91,8 +107,8 @@ class Metrics:
         if seconds is not None:
             self._scan_seconds.observe(seconds)
 
-    def expose(self, volumes: Iterable[VolumeFacts]) -> bytes:
-        """The text of a scrape. Reads files when several processes serve, so run it in a thread."""
+    def expose(self, volumes: Iterable[VolumeFacts], previews: PreviewFacts | None = None) -> bytes:
+        """The text of a scrape; without previews while nobody can tell. Reads files when several processes serve, so run it in a thread."""
         registry = self._registry
         if directory := os.environ.get(_DIRECTORY_VARIABLE):
             _forget_dead_processes(Path(directory))
@@ -100,6 +116,8 @@ class Metrics:
             MultiProcessCollector(registry, directory)  # type: ignore[no-untyped-call]
         own = CollectorRegistry()
         own.register(_Volumes(list(volumes)))
+        if previews is not None:
+            own.register(_Previews(previews))
         return generate_latest(registry) + generate_latest(own)
 
 
@@ -116,6 +134,26 @@ class _Volumes(Collector):
             for each in VOLUME_STATES:
                 state.add_metric((volume.volume_id, each), float(each == volume.state))
         return (free, state)
+
+
+class _Previews(Collector):
+    def __init__(self, previews: PreviewFacts) -> None:
+        self._previews = previews
+
+    def collect(self) -> Iterable[Metric]:
+        failed = GaugeMetricFamily("coffer_previews_failed", "Files whose preview failed, until it is tried again.", labels=("type",))
+        for kind in sorted(PREVIEWED):
+            failed.add_metric((kind,), self._previews.failed.get(kind, 0))
+        seconds = HistogramMetricFamily(
+            "coffer_preview_duration_seconds",
+            "Time that making a file's previews took, without waiting for its turn, by what became of them.",
+            labels=("type", "state"),
+        )
+        for labels, counted in sorted(self._previews.made.items()):
+            upto = itertools.accumulate(files for _, files, _ in counted)
+            buckets = [("+Inf" if bound == math.inf else str(bound), files) for (bound, _, _), files in zip(counted, upto, strict=True)]
+            seconds.add_metric(labels, buckets, sum(each for _, _, each in counted))
+        return (GaugeMetricFamily("coffer_previews_waiting", "Files that wait for their preview.", self._previews.waiting), failed, seconds)
 
 
 @contextmanager

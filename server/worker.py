@@ -1,15 +1,31 @@
-"""The worker process: runs queued jobs. There are no kinds of job yet, so it only holds its place under systemd."""
+"""The worker process: runs queued jobs, and brings back those that were lost."""
 
 import asyncio
 import logging
+import os
 import signal
+from collections.abc import Awaitable, Callable
 
-from server import logs
+from server import ledger, logs
 from server.errors import CofferError
 from server.ledger import Database
+from server.ledger.queue import run_jobs
+from server.previews.making import make, make_variant
+from server.previews.models import Wishes
+from server.previews.on_demand import MakeVariant, OnDemand
+from server.previews.worker import Make, PreviewWorker
 from server.settings import Settings
+from server.vault import Vault
 
 _LONGEST_PAUSE_SECONDS = 30.0
+_WATCH_SECONDS = 1.0
+_DERIVING_SHARE = 0.1
+"""Of the time at most, however many users have files that wait: all of their first ones are looked at each time."""
+_PURGE_SECONDS = 600.0
+_BATCH = 1_000
+_NICENESS = 10
+"""Previews wait for requests, never the other way round."""
+HEARTBEAT_SECONDS = 20.0
 
 log = logging.getLogger("coffer.worker")
 
@@ -18,39 +34,95 @@ def main() -> None:
     """Runs until SIGTERM or SIGINT. A database that is down is waited for."""
     settings = Settings.load()
     logs.configure(settings.log_level)
-    asyncio.run(_work(settings))
+    os.nice(_NICENESS)
+    asyncio.run(work(settings, make, make_variant))
 
 
-async def _work(settings: Settings) -> None:
+async def work(settings: Settings, make: Make, make_variant: MakeVariant, *, heartbeat_seconds: float = HEARTBEAT_SECONDS) -> None:
+    """Makes previews by `make` and `make_variant` until SIGTERM or SIGINT.
+
+    Then it finishes those under way and leaves the others to the next start.
+    """
     stopping = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    forgiving: set[asyncio.Task[None]] = set()
     db = Database(settings)
+    vault = Vault(settings.volume_reserve_bytes)
+    on_demand = OnDemand(db, vault, make_variant, settings.variant_cache_bytes)
+    worker = PreviewWorker(db, vault, make, on_demand, wishes_of(settings), settings.previews_at_once)
+
+    def stop() -> None:
+        stopping.set()
+        worker.stop()
+        forgiving.add(asyncio.create_task(worker.forgive()))
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop)
     await db.open()
+
+    clock = asyncio.get_running_loop().time
+    derive_at = 0.0
+
+    async def watch() -> None:
+        nonlocal derive_at
+        rows = [(row.id, row.mount_path, row.state) for row in await ledger.list_volumes(db)]
+        await vault.refresh(rows)
+        await tell()
+        if (began := clock()) >= derive_at:
+            if await ledger.derive_preview_jobs(db):
+                await ledger.wake_worker(db)
+            derive_at = clock() + (clock() - began) / _DERIVING_SHARE
+
+    async def tell() -> None:
+        if figures := worker.figures.take():
+            await ledger.add_preview_figures(db, figures)
+
+    async def jobs() -> None:
+        await vault.refresh([(row.id, row.mount_path, row.state) for row in await ledger.list_volumes(db)])
+        log.info("ready")
+        await run_jobs(settings.database_url, worker.handle, stopping, heartbeat_seconds=heartbeat_seconds)
+
+    async def purge() -> None:
+        await ledger.purge_job_log(db, _BATCH)
+
     try:
-        waiting = asyncio.create_task(_wait_for_database(db))
-        stopped = asyncio.create_task(stopping.wait())
-        await asyncio.wait([waiting, stopped], return_when=asyncio.FIRST_COMPLETED)
-        if waiting.done():
-            await waiting
-            log.info("ready; there are no jobs to run yet")
-        waiting.cancel()
-        await stopped
+        await asyncio.gather(
+            _repeat(jobs, _WATCH_SECONDS, stopping), _repeat(watch, _WATCH_SECONDS, stopping), _repeat(purge, _PURGE_SECONDS, stopping)
+        )
     finally:
+        await asyncio.gather(*forgiving, tell(), return_exceptions=True)
+        vault.close()
         await db.close()
         log.info("stopped")
 
 
-async def _wait_for_database(db: Database) -> None:
-    pause_seconds = 1.0
-    while True:
+def wishes_of(settings: Settings) -> Wishes:
+    """Which previews are made of every file."""
+    return Wishes(
+        image_widths=settings.preview_widths,
+        quality=settings.preview_quality,
+        animated=settings.preview_animations,
+        storyboard=settings.preview_storyboards,
+        clip=settings.preview_clips,
+    )
+
+
+async def _repeat(step: Callable[[], Awaitable[None]], seconds: float, stopping: asyncio.Event) -> None:
+    """Does `step` again and again until the stop; when it fails, after pauses that grow."""
+    pause_seconds = seconds
+    while not stopping.is_set():
         try:
-            await db.check()
-            return
+            await step()
+            pause_seconds = seconds
         except CofferError as problem:
-            log.warning("waiting for the database: %s", problem)
-        await asyncio.sleep(pause_seconds)
-        pause_seconds = min(2 * pause_seconds, _LONGEST_PAUSE_SECONDS)
+            log.warning("will try again: %s", problem)
+            pause_seconds = min(2 * pause_seconds, _LONGEST_PAUSE_SECONDS)
+        except Exception:
+            log.exception("will try again")
+            pause_seconds = min(2 * pause_seconds, _LONGEST_PAUSE_SECONDS)
+        try:
+            await asyncio.wait_for(stopping.wait(), pause_seconds)
+        except TimeoutError:
+            continue
 
 
 if __name__ == "__main__":

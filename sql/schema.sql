@@ -4,11 +4,31 @@
 -- Functions come before the tables that they name.
 SET check_function_bodies = false;
 
+CREATE TYPE public.pgqueuer_status AS ENUM (
+    'queued',
+    'picked',
+    'successful',
+    'exception',
+    'canceled',
+    'deleted',
+    'failed'
+);
+
 CREATE FUNCTION public.actor_of_v1(p_actor jsonb) RETURNS TABLE(actor_kind text, actor_id text, acting_user_id text, address inet, request_id text)
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
     AS $$
 -- The columns that an actor fills, from the JSON of server/actor.py. PostgreSQL puts the body into the query that calls it.
 select p_actor ->> 'kind', p_actor ->> 'id', p_actor ->> 'user_id', (p_actor ->> 'address')::inet, p_actor ->> 'request_id'
+$$;
+
+CREATE FUNCTION public.charge_previews_v1(p_user_id character varying, p_bytes bigint) RETURNS void
+    LANGUAGE sql
+    SET search_path TO 'public', 'pg_temp'
+    AS $$
+-- Invariant: preview_bytes is the sum of the sizes of the user's previews. Called by the triggers of previews, in the order of user_id.
+-- Locks: the user's row. Cost: one HOT update.
+-- Why not Python: cascades and psql remove previews too.
+update user_storage set preview_bytes = preview_bytes + p_bytes where user_id = p_user_id and p_bytes <> 0;
 $$;
 
 CREATE FUNCTION public.charge_usage_v1(p_user_id character varying, p_total bigint, p_reserved bigint, p_files bigint, p_admits boolean) RETURNS void
@@ -157,6 +177,35 @@ begin
 end
 $$;
 
+CREATE FUNCTION public.enqueue_previews_v1() RETURNS trigger
+    LANGUAGE plpgsql
+    SET search_path TO 'public', 'pg_temp'
+    AS $$
+-- Invariant: a file that waits for its preview has a job, or its user has 256 that wait already; then the worker derives the job from the
+--   row when its turn has come. So no import, however large, makes the queue long.
+-- Fires: after each INSERT or COPY into user_files, once per statement.
+-- Order: a user's n-th waiting file has the priority -n. So users take turns, and the first upload of an idle one precedes all others.
+-- Locks: none but those of the new jobs. Cost: about 50 microseconds for one file.
+-- Why not Python: the job must be there if and only if the row is, by whatever way it came.
+begin
+    with news as materialized (
+        select n.id, n.user_id, row_number() over (partition by n.user_id order by n.id desc) as from_newest
+          from new_rows n where n.preview_state = 'pending'
+    ), backlogs as materialized (
+        select u.user_id, b.files
+          from (select distinct n.user_id from news n) u
+         cross join lateral (select count(*) as files
+                               from (select from user_files f where f.user_id = u.user_id and f.preview_state = 'pending' limit 256) w) b
+    )
+    insert into pgqueuer (priority, status, entrypoint, payload, dedupe_key)
+    select n.from_newest - b.files, 'queued', 'preview', convert_to(n.id::text, 'UTF8'), 'preview:' || n.id
+      from news n join backlogs b on b.user_id = n.user_id
+     where b.files < 256
+    on conflict do nothing;
+    return null;
+end
+$$;
+
 CREATE FUNCTION public.keep_audit_log_v1() RETURNS trigger
     LANGUAGE plpgsql
     SET search_path TO 'public', 'pg_temp'
@@ -261,6 +310,73 @@ begin
 end
 $$;
 
+CREATE FUNCTION public.previews_deleted_v1() RETURNS trigger
+    LANGUAGE plpgsql
+    SET search_path TO 'public', 'pg_temp'
+    AS $$
+-- Invariant, locks, cost and reason: as charge_previews_v1. Fires: after each DELETE from previews, once per statement.
+begin
+    perform charge_previews_v1(d.user_id, -d.bytes)
+       from (select o.user_id, sum(o.size_bytes)::bigint as bytes from old_rows o group by o.user_id order by o.user_id) d;
+    return null;
+end
+$$;
+
+CREATE FUNCTION public.previews_inserted_v1() RETURNS trigger
+    LANGUAGE plpgsql
+    SET search_path TO 'public', 'pg_temp'
+    AS $$
+-- Invariant, locks, cost and reason: as charge_previews_v1. Fires: after each INSERT into previews, once per statement.
+begin
+    perform charge_previews_v1(d.user_id, d.bytes)
+       from (select n.user_id, sum(n.size_bytes)::bigint as bytes from new_rows n group by n.user_id order by n.user_id) d;
+    return null;
+end
+$$;
+
+CREATE FUNCTION public.previews_updated_v1() RETURNS trigger
+    LANGUAGE plpgsql
+    SET search_path TO 'public', 'pg_temp'
+    AS $$
+-- Invariant, locks, cost and reason: as charge_previews_v1. Fires: after each UPDATE of previews, once per statement.
+begin
+    perform charge_previews_v1(d.user_id, d.bytes)
+       from (select m.user_id, sum(m.bytes)::bigint as bytes
+               from (select n.user_id, n.size_bytes as bytes from new_rows n
+                     union all
+                     select o.user_id, -o.size_bytes from old_rows o) m
+              group by m.user_id order by m.user_id) d;
+    return null;
+end
+$$;
+
+CREATE FUNCTION public.refuse_beyond_previews_v1() RETURNS trigger
+    LANGUAGE plpgsql
+    SET search_path TO 'public', 'pg_temp'
+    AS $$
+-- Invariant: where previews count, total_bytes + reserved_bytes grows by no path to more than max_bytes - preview_bytes. Previews
+--   themselves are never refused: they may take a user past max_bytes, and then there is no room but that which is held already.
+-- Fires: before each change of a row of user_storage that charge_usage_v1 has admitted, and that would not fit with the previews.
+-- Locks: the row, which its update has locked: no preview is counted meanwhile. Cost: its WHEN clause, under a microsecond; for a user
+--   whose previews would not fit, a look at a table of one row.
+-- Why not Python: see charge_usage_v1.
+begin
+    if not (select r.counts_previews from quota_rules r)
+       or (old.credit_xid = pg_current_xact_id() and new.reserved_bytes = old.reserved_bytes
+           and new.total_bytes - old.total_bytes <= old.credit_bytes) then
+        return new; -- As in charge_usage_v1, an upload publishes the bytes that it held.
+    end if;
+    raise exception 'quota of user % exceeded', new.user_id
+        using errcode = 'CF001',
+              detail = json_build_object(
+                  'used_bytes', old.total_bytes + old.reserved_bytes + old.preview_bytes,
+                  'limit_bytes', old.max_bytes,
+                  'needed_bytes', new.total_bytes + new.reserved_bytes - old.total_bytes - old.reserved_bytes
+              )::text,
+              hint = 'Previews count. Delete files, or raise user_storage.max_bytes (null is unlimited).';
+end
+$$;
+
 CREATE FUNCTION public.refuse_counter_change_v1() RETURNS trigger
     LANGUAGE plpgsql
     AS $$
@@ -283,6 +399,29 @@ CREATE FUNCTION public.refuse_truncate_v1() RETURNS trigger
 begin
     raise exception 'TRUNCATE of % is refused', tg_table_name
         using errcode = 'CF002', hint = 'Use DELETE: it gives quota back and remembers the stored files to remove.';
+end
+$$;
+
+CREATE FUNCTION public.remove_previews_v1() RETURNS trigger
+    LANGUAGE plpgsql
+    SET search_path TO 'public', 'pg_temp'
+    AS $$
+-- Invariant: a deleted file leaves no preview, neither row nor job nor bytes: a tombstone names the directory that they lie in, as soon
+--   as making them has begun, for a worker may have died between the bytes and the rows; and replacing a file clears only the rows and tries.
+-- Fires: after each DELETE from user_files, once per statement, after the quota trigger (triggers fire by name).
+-- Locks: the users' rows, which the quota trigger has locked already. Cost: three index probes per file.
+-- Why not Python: see user_files_deleted_v1.
+begin
+    delete from pgqueuer q using old_rows o
+     where q.dedupe_key = 'preview:' || o.id and q.status = 'queued' and o.preview_state = 'pending';
+    -- With the generation of the file itself: whoever deletes it buries both together.
+    with gone as (
+        delete from previews p using old_rows o where p.file_id = o.id returning p.file_id
+    )
+    insert into tombstones (volume_id, file_path, file_id, generation)
+    select o.volume_id, substring(o.file_path from '^users/[^/]+') || '/previews/' || o.id, o.id, o.generation
+      from old_rows o where o.preview_tries > 0 or o.generation > 1 or o.id in (select g.file_id from gone g);
+    return null;
 end
 $$;
 
@@ -599,6 +738,123 @@ ALTER TABLE public.events ALTER COLUMN id ADD GENERATED ALWAYS AS IDENTITY (
     CACHE 1
 );
 
+CREATE TABLE public.pgqueuer (
+    id bigint NOT NULL,
+    priority integer NOT NULL,
+    queue_manager_id uuid,
+    created timestamp with time zone DEFAULT now() NOT NULL,
+    updated timestamp with time zone DEFAULT now() NOT NULL,
+    heartbeat timestamp with time zone DEFAULT now() NOT NULL,
+    execute_after timestamp with time zone DEFAULT now() NOT NULL,
+    status public.pgqueuer_status NOT NULL,
+    entrypoint text NOT NULL,
+    dedupe_key text,
+    payload bytea,
+    headers jsonb,
+    attempts integer DEFAULT 0 NOT NULL,
+    slot bigint
+);
+
+CREATE SEQUENCE public.pgqueuer_id_seq
+    START WITH 1
+    INCREMENT BY 1
+    NO MINVALUE
+    NO MAXVALUE
+    CACHE 1;
+
+ALTER SEQUENCE public.pgqueuer_id_seq OWNED BY public.pgqueuer.id;
+
+CREATE TABLE public.pgqueuer_log (
+    id bigint NOT NULL,
+    created timestamp with time zone DEFAULT now() NOT NULL,
+    job_id bigint NOT NULL,
+    status public.pgqueuer_status NOT NULL,
+    priority integer NOT NULL,
+    entrypoint text NOT NULL,
+    traceback jsonb,
+    aggregated boolean DEFAULT false
+);
+
+ALTER TABLE public.pgqueuer_log ALTER COLUMN id ADD GENERATED BY DEFAULT AS IDENTITY (
+    SEQUENCE NAME public.pgqueuer_log_id_seq
+    START WITH 1
+    INCREMENT BY 1
+    NO MINVALUE
+    NO MAXVALUE
+    CACHE 1
+);
+
+CREATE TABLE public.pgqueuer_schedules (
+    id bigint NOT NULL,
+    expression text NOT NULL,
+    entrypoint text NOT NULL,
+    heartbeat timestamp with time zone DEFAULT now() NOT NULL,
+    created timestamp with time zone DEFAULT now() NOT NULL,
+    updated timestamp with time zone DEFAULT now() NOT NULL,
+    next_run timestamp with time zone DEFAULT now() NOT NULL,
+    last_run timestamp with time zone,
+    status public.pgqueuer_status DEFAULT 'queued'::public.pgqueuer_status
+);
+
+CREATE SEQUENCE public.pgqueuer_schedules_id_seq
+    START WITH 1
+    INCREMENT BY 1
+    NO MINVALUE
+    NO MAXVALUE
+    CACHE 1;
+
+ALTER SEQUENCE public.pgqueuer_schedules_id_seq OWNED BY public.pgqueuer_schedules.id;
+
+CREATE TABLE public.pgqueuer_statistics (
+    id bigint NOT NULL,
+    created timestamp with time zone DEFAULT date_trunc('sec'::text, now()) NOT NULL,
+    count bigint NOT NULL,
+    priority integer NOT NULL,
+    status public.pgqueuer_status NOT NULL,
+    entrypoint text NOT NULL
+);
+
+CREATE SEQUENCE public.pgqueuer_statistics_id_seq
+    START WITH 1
+    INCREMENT BY 1
+    NO MINVALUE
+    NO MAXVALUE
+    CACHE 1;
+
+ALTER SEQUENCE public.pgqueuer_statistics_id_seq OWNED BY public.pgqueuer_statistics.id;
+
+CREATE TABLE public.preview_figures (
+    file_type text NOT NULL,
+    state text NOT NULL,
+    upto_seconds double precision NOT NULL,
+    files bigint NOT NULL,
+    seconds double precision NOT NULL
+);
+
+CREATE TABLE public.previews (
+    file_id uuid NOT NULL,
+    variant text NOT NULL,
+    user_id character varying(255) NOT NULL,
+    file_name text NOT NULL,
+    mime_type character varying(127) NOT NULL,
+    width integer,
+    height integer,
+    size_bytes bigint NOT NULL,
+    on_demand boolean DEFAULT false NOT NULL,
+    last_used_at timestamp with time zone DEFAULT now() NOT NULL,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    CONSTRAINT previews_height_positive CHECK ((height > 0)),
+    CONSTRAINT previews_size_bytes_not_negative CHECK ((size_bytes >= 0)),
+    CONSTRAINT previews_variant_plain CHECK ((variant ~ '^[a-z0-9][a-z0-9._-]{0,31}$'::text)),
+    CONSTRAINT previews_width_positive CHECK ((width > 0))
+);
+
+CREATE TABLE public.quota_rules (
+    counts_previews boolean NOT NULL,
+    is_only_row boolean DEFAULT true NOT NULL,
+    CONSTRAINT quota_rules_is_only_row_check CHECK (is_only_row)
+);
+
 CREATE TABLE public.tombstones (
     id bigint NOT NULL,
     volume_id uuid NOT NULL,
@@ -690,17 +946,29 @@ CREATE TABLE public.user_files (
     updated_at timestamp with time zone DEFAULT now() NOT NULL,
     name_key text GENERATED ALWAYS AS ("left"(lower((file_name)::text), 100)) STORED NOT NULL COLLATE pg_catalog."C",
     public_id text,
+    preview_state text,
+    preview_reason text,
+    preview_tries smallint DEFAULT 0 NOT NULL,
+    thumbhash bytea,
+    average_color text,
+    frame_rate double precision,
+    video_codec text,
+    audio_codec text,
+    CONSTRAINT user_files_average_color_hexadecimal CHECK ((average_color ~ '^#[0-9a-f]{6}$'::text)),
     CONSTRAINT user_files_duration_seconds_not_negative CHECK ((duration_seconds >= (0)::double precision)),
     CONSTRAINT user_files_file_name_not_empty CHECK (((file_name)::text <> ''::text)),
     CONSTRAINT user_files_file_size_not_negative CHECK ((file_size >= 0)),
     CONSTRAINT user_files_file_type_known CHECK ((file_type = ANY (ARRAY['video'::text, 'image'::text, 'scene'::text, 'project'::text, 'audio'::text]))),
+    CONSTRAINT user_files_frame_rate_positive CHECK ((frame_rate > (0)::double precision)),
     CONSTRAINT user_files_generation_positive CHECK ((generation > 0)),
     CONSTRAINT user_files_height_positive CHECK ((height > 0)),
     CONSTRAINT user_files_metadata_is_object CHECK ((jsonb_typeof(metadata) = 'object'::text)),
     CONSTRAINT user_files_mime_type_plain CHECK (((mime_type)::text ~ '^[a-z0-9.+-]+/[a-z0-9.+_-]+$'::text)),
     CONSTRAINT user_files_path_names_the_row CHECK ((POSITION(((((('/'::text || id) || '.'::text) || generation) || '.'::text)) IN (file_path)) > 0)),
+    CONSTRAINT user_files_preview_state_known CHECK ((preview_state = ANY (ARRAY['pending'::text, 'ready'::text, 'failed'::text, 'unsupported'::text]))),
     CONSTRAINT user_files_public_id_is_random CHECK ((public_id ~ '^[A-Za-z0-9_-]{22}$'::text)),
     CONSTRAINT user_files_sha256_is_32_bytes CHECK ((octet_length(sha256) = 32)),
+    CONSTRAINT user_files_thumbhash_small CHECK ((octet_length(thumbhash) <= 64)),
     CONSTRAINT user_files_width_positive CHECK ((width > 0))
 );
 
@@ -718,10 +986,12 @@ CREATE TABLE public.user_storage (
     created_at timestamp with time zone DEFAULT now() NOT NULL,
     updated_at timestamp with time zone DEFAULT now() NOT NULL,
     link_epoch integer DEFAULT 0 NOT NULL,
+    preview_bytes bigint DEFAULT 0 NOT NULL,
     CONSTRAINT user_storage_credit_bytes_not_negative CHECK ((credit_bytes >= 0)),
     CONSTRAINT user_storage_file_count_not_negative CHECK ((file_count >= 0)),
     CONSTRAINT user_storage_link_epoch_not_negative CHECK ((link_epoch >= 0)),
     CONSTRAINT user_storage_max_bytes_not_negative CHECK ((max_bytes >= 0)),
+    CONSTRAINT user_storage_preview_bytes_not_negative CHECK ((preview_bytes >= 0)),
     CONSTRAINT user_storage_reserved_bytes_not_negative CHECK ((reserved_bytes >= 0)),
     CONSTRAINT user_storage_total_bytes_not_negative CHECK ((total_bytes >= 0)),
     CONSTRAINT user_storage_user_id_printable CHECK (((user_id)::text ~ '^[^\x01-\x1f\x7f]+$'::text))
@@ -748,6 +1018,12 @@ CREATE TABLE public.volumes (
     CONSTRAINT volumes_state_known CHECK ((state = ANY (ARRAY['open'::text, 'read_only'::text])))
 );
 
+ALTER TABLE ONLY public.pgqueuer ALTER COLUMN id SET DEFAULT nextval('public.pgqueuer_id_seq'::regclass);
+
+ALTER TABLE ONLY public.pgqueuer_schedules ALTER COLUMN id SET DEFAULT nextval('public.pgqueuer_schedules_id_seq'::regclass);
+
+ALTER TABLE ONLY public.pgqueuer_statistics ALTER COLUMN id SET DEFAULT nextval('public.pgqueuer_statistics_id_seq'::regclass);
+
 ALTER TABLE ONLY public.api_keys
     ADD CONSTRAINT api_keys_pkey PRIMARY KEY (key_id);
 
@@ -756,6 +1032,30 @@ ALTER TABLE ONLY public.audit_log
 
 ALTER TABLE ONLY public.events
     ADD CONSTRAINT events_pkey PRIMARY KEY (id);
+
+ALTER TABLE ONLY public.pgqueuer_log
+    ADD CONSTRAINT pgqueuer_log_pkey PRIMARY KEY (id);
+
+ALTER TABLE ONLY public.pgqueuer
+    ADD CONSTRAINT pgqueuer_pkey PRIMARY KEY (id);
+
+ALTER TABLE ONLY public.pgqueuer_schedules
+    ADD CONSTRAINT pgqueuer_schedules_expression_entrypoint_key UNIQUE (expression, entrypoint);
+
+ALTER TABLE ONLY public.pgqueuer_schedules
+    ADD CONSTRAINT pgqueuer_schedules_pkey PRIMARY KEY (id);
+
+ALTER TABLE ONLY public.pgqueuer_statistics
+    ADD CONSTRAINT pgqueuer_statistics_pkey PRIMARY KEY (id);
+
+ALTER TABLE ONLY public.preview_figures
+    ADD CONSTRAINT preview_figures_pkey PRIMARY KEY (file_type, state, upto_seconds);
+
+ALTER TABLE ONLY public.previews
+    ADD CONSTRAINT previews_pkey PRIMARY KEY (file_id, variant);
+
+ALTER TABLE ONLY public.quota_rules
+    ADD CONSTRAINT quota_rules_one_row PRIMARY KEY (is_only_row);
 
 ALTER TABLE ONLY public.tombstones
     ADD CONSTRAINT tombstones_pkey PRIMARY KEY (id);
@@ -791,6 +1091,36 @@ CREATE INDEX audit_log_by_file ON public.audit_log USING btree (file_id, at, id)
 CREATE INDEX audit_log_by_user ON public.audit_log USING btree (user_id, at, id);
 
 CREATE INDEX events_by_user ON public.events USING btree (user_id, id);
+
+CREATE INDEX pgqueuer_ep_ea_idx ON public.pgqueuer USING btree (entrypoint, execute_after) WHERE (status = 'queued'::public.pgqueuer_status);
+
+CREATE INDEX pgqueuer_ep_prio_id_idx ON public.pgqueuer USING btree (entrypoint, priority DESC, id) WHERE (status = 'queued'::public.pgqueuer_status);
+
+CREATE INDEX pgqueuer_failed ON public.pgqueuer USING btree (dedupe_key) WHERE (status = 'failed'::public.pgqueuer_status);
+
+CREATE INDEX pgqueuer_log_created ON public.pgqueuer_log USING btree (created);
+
+CREATE INDEX pgqueuer_log_job_id_status ON public.pgqueuer_log USING btree (job_id, created DESC);
+
+CREATE INDEX pgqueuer_log_not_aggregated ON public.pgqueuer_log USING btree ((1)) WHERE (NOT aggregated);
+
+CREATE INDEX pgqueuer_log_status ON public.pgqueuer_log USING btree (status);
+
+CREATE INDEX pgqueuer_picked_heartbeat_idx ON public.pgqueuer USING btree (heartbeat) WHERE (status = 'picked'::public.pgqueuer_status);
+
+CREATE UNIQUE INDEX pgqueuer_picked_slot_idx ON public.pgqueuer USING btree (entrypoint, slot) WHERE ((status = 'picked'::public.pgqueuer_status) AND (slot IS NOT NULL));
+
+CREATE INDEX pgqueuer_priority_id_id1_idx ON public.pgqueuer USING btree (priority, id DESC) INCLUDE (id) WHERE (status = 'queued'::public.pgqueuer_status);
+
+CREATE INDEX pgqueuer_queue_manager_id_idx ON public.pgqueuer USING btree (queue_manager_id) WHERE (queue_manager_id IS NOT NULL);
+
+CREATE UNIQUE INDEX pgqueuer_statistics_unique_count ON public.pgqueuer_statistics USING btree (priority, date_trunc('sec'::text, timezone('UTC'::text, created)), status, entrypoint);
+
+CREATE UNIQUE INDEX pgqueuer_unique_dedupe_key ON public.pgqueuer USING btree (dedupe_key) WHERE ((status = ANY (ARRAY['queued'::public.pgqueuer_status, 'picked'::public.pgqueuer_status])) AND (dedupe_key IS NOT NULL));
+
+CREATE INDEX pgqueuer_updated_id_id1_idx ON public.pgqueuer USING btree (updated, id DESC) INCLUDE (id) WHERE (status = 'picked'::public.pgqueuer_status);
+
+CREATE INDEX previews_on_demand ON public.previews USING btree (user_id, last_used_at) WHERE on_demand;
 
 CREATE INDEX tombstones_by_file ON public.tombstones USING btree (file_id, generation);
 
@@ -834,6 +1164,10 @@ CREATE INDEX user_files_package_name ON public.user_files USING btree (((((user_
 
 CREATE INDEX user_files_package_size ON public.user_files USING btree (((((user_id)::text || ''::text) || (package_name)::text)), file_size, id) WHERE (package_name IS NOT NULL);
 
+CREATE INDEX user_files_preview_failed ON public.user_files USING btree (id) WHERE (preview_state = 'failed'::text);
+
+CREATE INDEX user_files_preview_pending ON public.user_files USING btree (user_id, id) WHERE (preview_state = 'pending'::text);
+
 CREATE UNIQUE INDEX user_files_public_id ON public.user_files USING btree (public_id) WHERE (public_id IS NOT NULL);
 
 CREATE INDEX user_files_size ON public.user_files USING btree (user_id, file_size, id);
@@ -847,6 +1181,14 @@ CREATE INDEX user_files_type_size ON public.user_files USING btree ((((((file_ty
 CREATE INDEX user_storage_erasing ON public.user_storage USING btree (user_id) WHERE (erasing_at IS NOT NULL);
 
 CREATE INDEX user_storage_link_epoch ON public.user_storage USING btree (user_id) WHERE (link_epoch > 0);
+
+CREATE TRIGGER count_deleted AFTER DELETE ON public.previews REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.previews_deleted_v1();
+
+CREATE TRIGGER count_inserted AFTER INSERT ON public.previews REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.previews_inserted_v1();
+
+CREATE TRIGGER count_updated AFTER UPDATE ON public.previews REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.previews_updated_v1();
+
+CREATE TRIGGER enqueue_previews AFTER INSERT ON public.user_files REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.enqueue_previews_v1();
 
 CREATE TRIGGER keep_deleted AFTER DELETE ON public.audit_log REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.keep_audit_log_v1();
 
@@ -866,11 +1208,19 @@ CREATE TRIGGER quota_updated AFTER UPDATE ON public.uploads REFERENCING OLD TABL
 
 CREATE TRIGGER quota_updated AFTER UPDATE ON public.user_files REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.user_files_updated_v1();
 
+CREATE TRIGGER refuse_beyond_previews BEFORE UPDATE ON public.user_storage FOR EACH ROW WHEN (((new.preview_bytes > 0) AND ((new.total_bytes + new.reserved_bytes) > (old.total_bytes + old.reserved_bytes)) AND (((new.total_bytes + new.reserved_bytes) + new.preview_bytes) > new.max_bytes))) EXECUTE FUNCTION public.refuse_beyond_previews_v1();
+
 CREATE TRIGGER refuse_counter_change BEFORE UPDATE ON public.user_storage FOR EACH ROW WHEN (((pg_trigger_depth() = 0) AND ((old.total_bytes <> new.total_bytes) OR (old.reserved_bytes <> new.reserved_bytes) OR (old.file_count <> new.file_count) OR (old.credit_xid IS DISTINCT FROM new.credit_xid) OR (old.credit_bytes <> new.credit_bytes)))) EXECUTE FUNCTION public.refuse_counter_change_v1();
 
 CREATE TRIGGER refuse_counter_change BEFORE INSERT OR DELETE OR UPDATE ON public.user_storage_by_type FOR EACH ROW WHEN ((pg_trigger_depth() = 0)) EXECUTE FUNCTION public.refuse_counter_change_v1();
 
 CREATE TRIGGER refuse_counter_insert BEFORE INSERT ON public.user_storage FOR EACH ROW WHEN (((new.total_bytes <> 0) OR (new.reserved_bytes <> 0) OR (new.file_count <> 0) OR (new.credit_bytes <> 0))) EXECUTE FUNCTION public.refuse_counter_change_v1();
+
+CREATE TRIGGER refuse_preview_bytes_change BEFORE UPDATE ON public.user_storage FOR EACH ROW WHEN (((pg_trigger_depth() = 0) AND (old.preview_bytes <> new.preview_bytes))) EXECUTE FUNCTION public.refuse_counter_change_v1();
+
+CREATE TRIGGER refuse_preview_bytes_insert BEFORE INSERT ON public.user_storage FOR EACH ROW WHEN ((new.preview_bytes <> 0)) EXECUTE FUNCTION public.refuse_counter_change_v1();
+
+CREATE TRIGGER refuse_truncate BEFORE TRUNCATE ON public.previews FOR EACH STATEMENT EXECUTE FUNCTION public.refuse_truncate_v1();
 
 CREATE TRIGGER refuse_truncate BEFORE TRUNCATE ON public.uploads FOR EACH STATEMENT EXECUTE FUNCTION public.refuse_truncate_v1();
 
@@ -879,6 +1229,8 @@ CREATE TRIGGER refuse_truncate BEFORE TRUNCATE ON public.user_files FOR EACH STA
 CREATE TRIGGER refuse_truncate BEFORE TRUNCATE ON public.user_storage FOR EACH STATEMENT EXECUTE FUNCTION public.refuse_truncate_v1();
 
 CREATE TRIGGER refuse_truncate BEFORE TRUNCATE ON public.user_storage_by_type FOR EACH STATEMENT EXECUTE FUNCTION public.refuse_truncate_v1();
+
+CREATE TRIGGER remove_previews AFTER DELETE ON public.user_files REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.remove_previews_v1();
 
 CREATE TRIGGER search_deleted AFTER DELETE ON public.user_files REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.user_files_index_deleted_v1();
 

@@ -51,7 +51,7 @@ async def _send_bytes(delivery: Delivery, body: Body, receive: Receive, send: Se
     at, end = body.offset, body.offset + body.length
     chunk, body.first = body.first, b""  # not kept in memory for as long as the rest takes
     # A server's `send` does not tell that the client has gone, so a long answer listens for it. A short one is over at once.
-    gone = asyncio.create_task(_disconnect(receive)) if len(chunk) < body.length else None
+    gone = asyncio.create_task(disconnected(receive)) if len(chunk) < body.length else None
     try:
         while True:
             at += len(chunk)
@@ -64,7 +64,8 @@ async def _send_bytes(delivery: Delivery, body: Body, receive: Receive, send: Se
             gone.cancel()
 
 
-async def _disconnect(receive: Receive) -> None:
+async def disconnected(receive: Receive) -> None:
+    """Returns when the client has gone."""
     with suppress(TooSlow):  # a body that a GET announced and never sent: nobody who means it
         while (await receive())["type"] != "http.disconnect":
             pass

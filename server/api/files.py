@@ -1,6 +1,10 @@
 """The JSON routes of files. Their bytes travel through `upload.py` and `download.py`."""
 
+import asyncio
 import re
+from base64 import b64encode
+from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 from uuid import UUID
@@ -14,14 +18,18 @@ from server import fields, ledger
 from server.api.cursors import opened, sealed
 from server.api.door import needs, principal_of, services_of
 from server.api.reading import DEFAULT_PAGE, known_query_only, page_size
-from server.api.signing import LinkAnswer, Linker
+from server.api.services import Services
+from server.api.signing import LinkAnswer, Linker, PreviewAnswer
 from server.auth import Scope
 from server.delivery.conditions import evaluate_if_match
+from server.delivery.headers import etag
 from server.errors import Forbidden, InvalidRequest, NotFound, PreconditionFailed
 from server.ledger import File, FileQuery
 
 MOST_DELETED_AT_ONCE = 1_000
 
+_LINKS_MEANING = "With 1, signed links to each file and to its previews. Needs the scope links:write too."
+_LOOK_AGAIN_SECONDS = 2.0  # should the notice be lost
 _UUID_CHARACTERS = 36
 _SEARCHABLE = re.compile(r"[^\x00-\x2f\x3a-\x40\x5b-\x60\x7b-\x7f\u3000]")  # what name_suffixes_v1 takes for part of a word
 
@@ -33,7 +41,9 @@ Http = Request[Any, Any, Any]
 class FileAnswer(msgspec.Struct, kw_only=True):
     """A file as clients see it. Where its bytes lie is nobody's business.
 
-    `etag` is as in the download's header. `link` is there in lists with `links=1`.
+    `etag` is as in the download's header. `preview_state` is null for a file from before there were previews of its kind; what previews
+    tell is null until it is `ready`. `thumbhash` is base64. `link` and `previews` are there with `links=1`; `previews` are by name:
+    pictures by their width limit in pixels (`320`), and others such as `storyboard`.
     """
 
     id: UUID
@@ -49,6 +59,13 @@ class FileAnswer(msgspec.Struct, kw_only=True):
     height: int | None
     duration: str | None
     duration_seconds: float | None
+    frame_rate: float | None
+    video_codec: str | None
+    audio_codec: str | None
+    preview_state: Literal["pending", "ready", "failed", "unsupported"] | None
+    preview_reason: str | None
+    thumbhash: str | None
+    average_color: str | None
     package_name: str | None
     tags: list[str]
     is_favorite: bool
@@ -58,6 +75,7 @@ class FileAnswer(msgspec.Struct, kw_only=True):
     created_at: datetime
     updated_at: datetime
     link: LinkAnswer | UnsetType = UNSET
+    previews: dict[str, PreviewAnswer] | UnsetType = UNSET
 
 
 class FileList(msgspec.Struct):
@@ -117,12 +135,19 @@ def file_json(file: File) -> FileAnswer:
         mime_type=file.mime_type,
         file_size=file.file_size,
         sha256=sha256,
-        etag=f'"{sha256}"',
+        etag=etag(file.sha256),
         resolution=file.resolution,
         width=file.width,
         height=file.height,
         duration=file.duration,
         duration_seconds=file.duration_seconds,
+        frame_rate=file.frame_rate,
+        video_codec=file.video_codec,
+        audio_codec=file.audio_codec,
+        preview_state=file.preview_state,
+        preview_reason=file.preview_reason,
+        thumbhash=None if file.thumbhash is None else b64encode(file.thumbhash).decode(),
+        average_color=file.average_color,
         package_name=file.package_name,
         tags=file.tags,
         is_favorite=file.is_favorite,
@@ -153,12 +178,11 @@ async def list_files(
     sort: Annotated[Sort | None, Parameter(description="A leading minus sorts downward. Newest first when left out.")] = None,
     limit: Annotated[int | None, Parameter(ge=1, description=f"Files on the page; {DEFAULT_PAGE} when left out.")] = None,
     cursor: Annotated[str | None, Parameter(description="`next_cursor` of the page before, with the same filters and sort.")] = None,
-    links: Annotated[bool, Parameter(description="With 1, a signed link with each file. Needs the scope links:write too.")] = False,
+    links: Annotated[bool, Parameter(description=_LINKS_MEANING)] = False,
 ) -> FileList:
     """The user's files, page by page. A combination of filter and sort that no index serves is refused, never slow."""
     services = services_of(request)
-    if links and Scope.LINKS_WRITE not in principal_of(request).scopes:
-        raise Forbidden(Scope.LINKS_WRITE)
+    _check_links(request, wanted=links)
     if name is not None and not _SEARCHABLE.search(name):
         raise InvalidRequest("name", "must hold a letter or a digit to look for")
     wanted = sort or ("-created" if name is None else "name")
@@ -184,17 +208,58 @@ async def list_files(
     )
     answers = [file_json(file) for file in page.files]
     if links and answers:
-        linker = await Linker.of(services, principal_of(request).owner, page.files, None)
-        for answer, file in zip(answers, page.files, strict=True):
-            answer.link = linker.link(file)
+        await _add_links(services, principal_of(request).owner, page.files, answers)
     next_cursor = sealed(page.next_cursor, link_keys) if page.next_cursor is not None and is_restricted else page.next_cursor
     return FileList(answers, next_cursor)
 
 
-@get("/{file_id:uuid}", guards=[needs(Scope.FILES_READ)])
-async def show_file(request: Http, file_id: UUID) -> FileAnswer:
+@get("/{file_id:uuid}", guards=[needs(Scope.FILES_READ)], before_request=known_query_only)
+async def show_file(
+    request: Http,
+    file_id: UUID,
+    wait: Annotated[
+        Literal["preview"] | None, Parameter(description="Answer when its preview is no longer pending, or after a while (30 s).")
+    ] = None,
+    links: Annotated[bool, Parameter(description=_LINKS_MEANING)] = False,
+) -> FileAnswer:
     """One file's fields."""
-    return file_json(await ledger.get_file(services_of(request).db, principal_of(request).owner, file_id))
+    services, owner = services_of(request), principal_of(request).owner
+    _check_links(request, wanted=links)
+    file = await ledger.get_file(services.db, owner, file_id)
+    if wait is not None and file.preview_state == "pending":
+        file = await _with_previews(services, owner, file)
+    answer = file_json(file)
+    if links:
+        await _add_links(services, owner, [file], [answer])
+    return answer
+
+
+async def _with_previews(services: Services, owner: str, file: File) -> File:
+    """The file when its previews are no longer pending, or as it is when we have waited long enough."""
+    clock = asyncio.get_running_loop().time
+    deadline = clock() + services.settings.preview_wait_seconds
+    with services.notices.of(file.id) as noticed:
+        while (file := await ledger.get_file(services.db, owner, file.id)).preview_state == "pending" and (left := deadline - clock()) > 0:
+            if services.streams.stopping.is_set():
+                break
+            with suppress(TimeoutError):
+                await asyncio.wait_for(noticed.wait(), min(left, _LOOK_AGAIN_SECONDS))
+            noticed.clear()
+    return file
+
+
+def _check_links(request: Http, *, wanted: bool) -> None:
+    if wanted and Scope.LINKS_WRITE not in principal_of(request).scopes:
+        raise Forbidden(Scope.LINKS_WRITE)
+
+
+async def _add_links(services: Services, owner: str, files: Sequence[File], answers: Sequence[FileAnswer]) -> None:
+    """With these a page of files can be drawn without another request to the API."""
+    linker = await Linker.of(services, owner, files, None)
+    made = await ledger.get_previews_of_many(services.db, owner, [file.id for file in files])
+    for answer, file in zip(answers, files, strict=True):
+        answer.link = linker.link(file)
+        answer.previews = linker.previews(file, made.get(file.id, ()))
 
 
 @patch("/{file_id:uuid}", guards=[needs(Scope.FILES_WRITE)])
@@ -271,7 +336,7 @@ async def _check_if_match(request: Http, file_id: UUID) -> None:
     wanted = request.headers.get("if-match")
     if wanted is not None:
         file = await ledger.get_file(services_of(request).db, principal_of(request).owner, file_id)
-        if not evaluate_if_match(wanted, file.sha256):
+        if not evaluate_if_match(wanted, etag(file.sha256)):
             raise PreconditionFailed
 
 

@@ -21,12 +21,14 @@ from uuid_utils import uuid7
 from server import logs
 from server.api.cors import Cors, Headers
 from server.api.download import download
+from server.api.events import follow
 from server.api.limits import rate_headers
 from server.api.linked import download_by_link, download_public
 from server.api.pace import PATIENCE, PacedBody
 from server.api.problems import HttpRefusal, Problem
 from server.api.proxies import Proxies
 from server.api.services import Services
+from server.api.streams import STREAMS
 from server.api.upload import replace, upload, upload_by_link
 from server.errors import NotFound
 
@@ -70,6 +72,7 @@ class Front:
     async def _live(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         await receive()
         scope["state"][PATIENCE] = self._services.settings
+        scope["state"][STREAMS] = self._services.streams
         try:
             async with self._running():
                 await send({"type": "lifespan.startup.complete"})
@@ -223,6 +226,7 @@ class _ByteRoute(NamedTuple):
 
 # By whether a file's id stands before the last segment, and that segment.
 _BYTE_ROUTES = {
+    (False, "events"): _ByteRoute("/api/files/events", ("GET",), follow),
     (False, "upload"): _ByteRoute("/api/files/upload", ("POST",), upload),
     (True, "content"): _ByteRoute("/api/files/{file_id}/content", ("PUT",), replace),
     (True, "download"): _ByteRoute("/api/files/{file_id}/download", ("GET", "HEAD"), download),

@@ -1,5 +1,6 @@
 """What load balancers and monitoring ask. Open to whoever reaches the port; a proxy in front should not pass `/metrics` on."""
 
+from contextlib import suppress
 from typing import Any, Literal
 from uuid import UUID
 
@@ -9,7 +10,7 @@ from litestar import Request, Response, get
 from server import ledger
 from server.api.door import services_of
 from server.errors import CofferError
-from server.metrics import MEDIA_TYPE, VolumeFacts
+from server.metrics import MEDIA_TYPE, PreviewFacts, VolumeFacts
 from server.vault import Volume
 
 Http = Request[Any, Any, Any]
@@ -73,7 +74,10 @@ async def ready(request: Http) -> Response[Readiness]:
 async def metrics(request: Http) -> Response[bytes]:
     """Everything that is counted, as Prometheus reads it."""
     services = services_of(request)
-    text = await services.vault.run(lambda: services.metrics.expose([_facts(volume) for volume in services.vault.volumes]))
+    previews = None
+    with suppress(CofferError):  # a database that is down must not hide the rest
+        previews = PreviewFacts(*await ledger.count_previews(services.db), _made(await ledger.preview_figures(services.db)))
+    text = await services.vault.run(lambda: services.metrics.expose([_facts(volume) for volume in services.vault.volumes], previews))
     return Response(text, media_type=MEDIA_TYPE)
 
 
@@ -91,6 +95,15 @@ async def _check_database(db: ledger.Database) -> DatabaseCheck:
 def _check_volume(volume: Volume) -> VolumeCheck:
     facts = _facts(volume)
     return VolumeCheck(volume.id, facts.state == "open" and (facts.free_bytes or 0) > 0, facts.state, facts.free_bytes)
+
+
+def _made(figures: list[ledger.PreviewFigure]) -> dict[tuple[str, str], list[tuple[float, int, float]]]:
+    """By type and state; every bound is there, whether anything was counted below it or not."""
+    counted = {(each.file_type, each.state, each.upto_seconds): (each.files, each.seconds) for each in figures}
+    return {
+        (kind, state): [(bound, *counted.get((kind, state, bound), (0, 0.0))) for bound in ledger.PREVIEW_BOUNDS_SECONDS]
+        for kind, state in dict.fromkeys((each.file_type, each.state) for each in figures)
+    }
 
 
 def _facts(volume: Volume) -> VolumeFacts:

@@ -16,9 +16,9 @@ from server.api.door import needs, principal_of, services_of
 from server.api.files import FileAnswer, file_json, id_of
 from server.api.reading import known_query_only
 from server.api.services import Services
-from server.api.signing import LinkAnswer, Linker, permitted_ttl
+from server.api.signing import LinkAnswer, Linker, PreviewWish, permitted_ttl
 from server.auth import Scope
-from server.errors import Forbidden, InvalidRequest
+from server.errors import Forbidden, InvalidRequest, NoPreview
 from server.kinds import KINDS, KNOWN
 from server.ledger import File, UploadLink
 
@@ -29,28 +29,34 @@ Disposition = Literal["inline", "attachment"]
 
 
 class LinkWish(msgspec.Struct, forbid_unknown_fields=True):
-    """`ttl_seconds` is how long the link lives at least; `name` is what a browser saves the file as, its own name when left out."""
+    """`ttl_seconds` is how long the link lives at least; `name` is what a browser saves the file as, its own name when left out.
+
+    `preview` makes it a link to a preview of the file instead.
+    """
 
     ttl_seconds: Annotated[int, Meta(ge=1)] | None = None
     disposition: Disposition = "inline"
     name: Annotated[str, Meta(min_length=1, max_length=fields.NAME_CHARACTERS)] | None = None
+    preview: PreviewWish | None = None
 
 
 class LinksWish(msgspec.Struct, forbid_unknown_fields=True):
-    """Links to up to 500 files. An id that is malformed names no file, and costs the others nothing."""
+    """Links to up to 500 files, or to the same preview of each. An id that is malformed names no file, and costs the others nothing."""
 
     ids: Annotated[list[Annotated[str, Meta(max_length=64)]], Meta(min_length=1, max_length=MOST_LINKS_AT_ONCE)]
     ttl_seconds: Annotated[int, Meta(ge=1)] | None = None
     disposition: Disposition = "inline"
+    preview: PreviewWish | None = None
 
 
 class LinkResult(msgspec.Struct, omit_defaults=True):
-    """`id` as it was sent. `not_found` also for an id that is malformed or another user's."""
+    """`id` as it was sent. `not_found` also for an id that is malformed or another user's, `no_preview` for a file that has no such one."""
 
     id: str
-    status: Literal["linked", "not_found"]
+    status: Literal["linked", "not_found", "no_preview"]
     url: str | None = None
     expires_at: datetime | None = None
+    preview: str | None = None
 
 
 class LinkResults(msgspec.Struct):
@@ -95,7 +101,7 @@ class UploadLinkAnswer(msgspec.Struct):
 
 @post("/files/{file_id:uuid}/link", guards=[needs(Scope.LINKS_WRITE)], status_code=200)
 async def link_file(request: Http, file_id: UUID, data: LinkWish | None = None) -> LinkAnswer:
-    """A signed link to these bytes of a file. When they are replaced or deleted it leads nowhere."""
+    """A signed link to these bytes of a file, or to a preview of them. When they are replaced or deleted it leads nowhere."""
     wish = data or LinkWish()
     return await _link(request, file_id, wish)
 
@@ -124,14 +130,17 @@ async def link_files(request: Http, data: LinksWish) -> LinkResults:
     if not files:
         return LinkResults([LinkResult(text, "not_found") for text in data.ids])
     linker = await Linker.of(services, owner, files.values(), data.ttl_seconds)
+    previews = {} if data.preview is None else await linker.wished(owner, list(files.values()), data.preview)
     results = []
     for text in data.ids:
         file = files.get(ids[text]) if text in ids else None
         if file is None:
             results.append(LinkResult(text, "not_found"))
+        elif data.preview is not None and file.id not in previews:
+            results.append(LinkResult(text, "no_preview"))
         else:
-            link = linker.link(file, data.disposition)
-            results.append(LinkResult(text, "linked", link.url, link.expires_at))
+            link = linker.link(file, data.disposition, preview=previews.get(file.id))
+            results.append(LinkResult(text, "linked", link.url, link.expires_at, link.preview))
     return LinkResults(results)
 
 
@@ -205,7 +214,13 @@ async def _link(request: Http, file_id: UUID, wish: LinkWish) -> LinkAnswer:
     permitted_ttl(services, wish.ttl_seconds)
     file = await ledger.get_file(services.db, owner, file_id)
     linker = await Linker.of(services, owner, [file], wish.ttl_seconds)
-    return linker.link(file, wish.disposition, None if wish.name is None else fields.clean_name(wish.name, "name"))
+    name = None if wish.name is None else fields.clean_name(wish.name, "name")
+    if wish.preview is None:
+        return linker.link(file, wish.disposition, name)
+    preview = (await linker.wished(owner, [file], wish.preview)).get(file.id)
+    if preview is None:
+        raise NoPreview(file.preview_state, file.preview_reason)
+    return linker.link(file, wish.disposition, name, preview)
 
 
 def _public(services: Services, file: File) -> PublicAnswer:

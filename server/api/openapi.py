@@ -317,7 +317,21 @@ _UPLOAD_BY_LINK: Json = {
     "responses": {"201": _answer("Stored.", _ref("FileAnswer")), "403": {"$ref": "#/components/responses/Problem"}},
 }
 
+_EVENTS: Json = {
+    "tags": ["Files"],
+    "operationId": "FollowFiles",
+    "summary": "Follow files",
+    "description": (
+        "Server-sent events: `preview` for each of the user's files whose preview is finished, whatever became of it; its `data` is the "
+        "file as in other answers, a FileAnswer. What is finished after the answer has begun is told, or the stream ends: list the files "
+        "anew whenever you have connected. It ends after 5 minutes at the latest; connect again then. A comment comes every 15 s. A user "
+        "may have 10 streams open."
+    ),
+    "responses": {"200": {"description": "The stream.", "content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+}
+
 _BYTE_ROUTES: dict[str, Json] = {
+    "/api/files/events": {"get": _EVENTS},
     "/api/files/upload": {"post": _UPLOAD},
     "/api/files/{file_id}/content": {"put": _REPLACE},
     "/api/files/{file_id}/download": {

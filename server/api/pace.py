@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from server.api.protocol import UploadProtocol
+from server.api.streams import STREAMS
 from server.errors import TooSlow
 from server.settings import Settings
 
@@ -142,6 +143,11 @@ class PatientProtocol(UploadProtocol):
             self._watch.cancel()
             self._watch = None
         super().connection_lost(exc)
+
+    def shutdown(self) -> None:
+        """The server stops: event streams, which would not end by themselves, are to end."""
+        self.app_state[STREAMS].stopping.set()
+        super().shutdown()
 
     def on_message_begin(self) -> None:
         """The time that a head may take begins with its first byte, unless its client was being waited for already."""

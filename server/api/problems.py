@@ -26,6 +26,8 @@ STATUS: dict[type[CofferError], int] = {
     errors.TokenKeysUnavailable: 503,
     errors.InvalidRequest: 400,
     errors.NotFound: 404,
+    errors.NoPreview: 404,
+    errors.PreviewPending: 503,
     errors.PreconditionFailed: 412,
     errors.RangeNotSatisfiable: 416,
     errors.SortNotAvailable: 400,
@@ -46,6 +48,7 @@ STATUS: dict[type[CofferError], int] = {
     errors.UserErasing: 409,
     errors.RateLimited: 429,
     errors.TooManyUploads: 429,
+    errors.TooManyStreams: 429,
     errors.VolumeFull: 507,
     errors.VolumeUnavailable: 503,
     errors.VolumeReadOnly: 503,
@@ -58,8 +61,10 @@ STATUS: dict[type[CofferError], int] = {
 # The database comes back within seconds of a restart, clamd when it has read its signatures; a volume waits for a person.
 RETRY_AFTER_SECONDS: dict[type[CofferError], int] = {
     errors.TokenKeysUnavailable: 10,
+    errors.PreviewPending: 2,
     errors.IdempotencyInProgress: 2,
     errors.TooManyUploads: 5,
+    errors.TooManyStreams: 30,
     errors.VolumeUnavailable: 30,
     errors.VolumeReadOnly: 30,
     errors.DatabaseUnavailable: 5,

@@ -3,10 +3,11 @@
 from dataclasses import dataclass, field
 
 from server.api.limits import Limits
+from server.api.streams import Streams
 from server.auth import Authenticator
 from server.delivery import Delivery, Links
 from server.intake import Intake, Scanner
-from server.ledger import Database
+from server.ledger import Database, PreviewNotices
 from server.metrics import Metrics
 from server.settings import Settings
 from server.vault import Vault
@@ -24,5 +25,7 @@ class Services:
     links: Links
     authenticator: Authenticator
     limits: Limits
+    notices: PreviewNotices
     scanner: Scanner | None = None
+    streams: Streams = field(default_factory=Streams)
     metrics: Metrics = field(default_factory=Metrics)

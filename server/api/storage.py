@@ -22,6 +22,7 @@ class UsageAnswer(msgspec.Struct, kw_only=True):
     """`limit_bytes`, `available_bytes` and `percent` are null when the user's storage is unlimited.
 
     `reserved_bytes` is held by uploads under way; `percent` is what is used of the limit.
+    `preview_bytes` are used by previews. They are not in `used_bytes`; whether the limit counts them is a setting.
     """
 
     used_bytes: int
@@ -30,6 +31,7 @@ class UsageAnswer(msgspec.Struct, kw_only=True):
     available_bytes: int | None
     percent: float | None
     file_count: int
+    preview_bytes: int
     by_type: dict[str, KindUsageAnswer]
 
 
@@ -43,13 +45,16 @@ async def show_usage(request: Request[Any, Any, Any]) -> UsageAnswer:
     user, by_kind = await ledger.usage(services.db, principal.owner)
     used, reserved = (user.total_bytes, user.reserved_bytes) if user else (0, 0)
     limit = user.max_bytes if user else services.settings.default_quota_bytes
+    previews = user.preview_bytes if user else 0
+    counted = used + previews if services.settings.previews_in_quota else used
     return UsageAnswer(
         used_bytes=used,
         reserved_bytes=reserved,
         limit_bytes=limit,
-        available_bytes=None if limit is None else max(0, limit - used - reserved),
-        percent=None if limit is None else _percent(used, limit),
+        available_bytes=None if limit is None else max(0, limit - counted - reserved),
+        percent=None if limit is None else _percent(counted, limit),
         file_count=user.file_count if user else 0,
+        preview_bytes=previews,
         by_type={
             kind: KindUsageAnswer(by_kind[kind].file_count, by_kind[kind].total_bytes) if kind in by_kind else KindUsageAnswer(0, 0)
             for kind in KINDS

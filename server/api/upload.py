@@ -24,6 +24,7 @@ from server.api.problems import RAW_COMMON_HEADERS, Problem
 from server.api.services import Services
 from server.auth import Principal, Scope
 from server.delivery.conditions import evaluate_if_match
+from server.delivery.headers import etag
 from server.errors import CofferError, Conflict, DigestMismatch, IncompleteBody, InvalidRequest, PreconditionFailed
 from server.fields import clean_name, clean_package_name, parse_metadata, parse_tags
 from server.intake import Details, Upload
@@ -61,7 +62,7 @@ async def replace(services: Services, file_id: UUID, scope: ASGIScope, receive: 
     await check_kinds(services, principal, file_id)
     old = await ledger.get_file(services.db, principal.owner, file_id)
     if_match = _header(scope, b"if-match")
-    if if_match is not None and not evaluate_if_match(if_match, old.sha256):
+    if if_match is not None and not evaluate_if_match(if_match, etag(old.sha256)):
         raise PreconditionFailed
     begun = await services.intake.begin(principal.owner, declared_bytes=_content_length(scope), expected=_digests(scope), replacing=old)
     try:
@@ -340,7 +341,7 @@ def _result(scope: ASGIScope, result: File | CofferError) -> dict[str, object]:
 
 
 async def _answer(send: Send, status: int, file: File, *, replayed: bool = False) -> None:
-    headers = [(b"etag", f'"{file.sha256.hex()}"'.encode())]
+    headers = [(b"etag", etag(file.sha256).encode())]
     if status == 201:
         headers.append((b"location", f"/api/files/{file.id}".encode()))
     if replayed:

@@ -1,4 +1,4 @@
-"""Conditional requests (RFC 9110, section 13). Our ETags are strong: the same ETag means the same bytes.
+"""Conditional requests (RFC 9110, section 13). Our ETags are strong, the same ETag means the same bytes, but for those of previews.
 
 Values come as one text each, repeated header lines joined by `, ` in their order.
 """
@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from enum import Enum
 
-from server.delivery.headers import etag
 from server.errors import PreconditionFailed
 
 _ENTITY_TAG = re.compile(r'[ \t,]*(W/)?("[\x21\x23-\x7e\x80-\xff]*")[ \t]*(?=,|\Z)')
@@ -22,15 +21,15 @@ class Outcome(Enum):
     NOT_MODIFIED = "not modified"
 
 
-def evaluate(method: str, headers: Mapping[str, str], sha256: bytes, changed_at: datetime) -> Outcome:
-    """Whether a request for bytes with this digest, last changed then, is to be answered with them.
+def evaluate(method: str, headers: Mapping[str, str], tag: str, changed_at: datetime) -> Outcome:
+    """Whether a request for bytes with this ETag, last changed then, is to be answered with them.
 
     `headers` has lower-case names. The order is that of section 13.2.2. Raises `PreconditionFailed`: for `If-Match` and
     `If-Unmodified-Since`, and for `If-None-Match` on methods other than GET and HEAD.
     """
     changed_at = changed_at.replace(microsecond=0)  # what Last-Modified can say
     if (value := headers.get("if-match")) is not None:
-        if not evaluate_if_match(value, sha256):
+        if not evaluate_if_match(value, tag):
             raise PreconditionFailed
     elif (value := headers.get("if-unmodified-since")) is not None:
         since = http_date(value)
@@ -39,7 +38,7 @@ def evaluate(method: str, headers: Mapping[str, str], sha256: bytes, changed_at:
 
     reading = method in {"GET", "HEAD"}
     if (value := headers.get("if-none-match")) is not None:
-        if _names(value, sha256, weakly=True):
+        if _names(value, tag, weakly=True):
             if not reading:
                 raise PreconditionFailed
             return Outcome.NOT_MODIFIED
@@ -50,12 +49,12 @@ def evaluate(method: str, headers: Mapping[str, str], sha256: bytes, changed_at:
     return Outcome.PROCEED
 
 
-def evaluate_if_match(value: str, sha256: bytes) -> bool:
-    """Whether `If-Match` holds for existing bytes with this digest. Weak ETags never match, malformed ones neither."""
-    return _names(value, sha256, weakly=False)
+def evaluate_if_match(value: str, tag: str) -> bool:
+    """Whether `If-Match` holds for existing bytes with this ETag. Weak ETags never match, malformed ones neither."""
+    return _names(value, tag, weakly=False)
 
 
-def range_applies(if_range: str | None, sha256: bytes, changed_at: datetime, *, date_is_strong: bool) -> bool:
+def range_applies(if_range: str | None, tag: str, changed_at: datetime, *, date_is_strong: bool) -> bool:
     """Whether a Range header counts: always without `If-Range`, else only when the client's part is of these very bytes.
 
     A date proves that only where the bytes cannot have changed twice within its second (`date_is_strong`, section 8.8.2.2);
@@ -64,7 +63,7 @@ def range_applies(if_range: str | None, sha256: bytes, changed_at: datetime, *, 
     if if_range is None:
         return True
     if if_range.lstrip(" \t").startswith(('"', "W/")):
-        return if_range.strip(" \t") == etag(sha256)
+        return if_range.strip(" \t") == tag and not tag.startswith("W/")
     return date_is_strong and http_date(if_range) == changed_at.replace(microsecond=0)
 
 
@@ -78,12 +77,12 @@ def http_date(value: str) -> datetime | None:
     return None
 
 
-def _names(value: str, sha256: bytes, *, weakly: bool) -> bool:
-    """Whether a list of entity tags, or `*`, names these bytes."""
+def _names(value: str, tag: str, *, weakly: bool) -> bool:
+    """Whether a list of entity tags, or `*`, names the bytes that have this one."""
     if value.strip(" \t") == "*":
         return True
-    ours = etag(sha256)
-    return any(tag == ours and (weakly or not weak) for weak, tag in _entity_tags(value))
+    ours, is_weak = tag.removeprefix("W/"), tag.startswith("W/")
+    return any(each == ours and (weakly or not (weak or is_weak)) for weak, each in _entity_tags(value))
 
 
 def _entity_tags(value: str) -> Iterator[tuple[bool, str]]:

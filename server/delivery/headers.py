@@ -50,20 +50,28 @@ _NOT_PLAIN = re.compile(r"[^ !#$&'()+,\-.0-9;=@A-Z\[\]^_`a-z{}~]")
 
 @dataclass(frozen=True, slots=True)
 class Presentation:
-    """How an answer presents a file's bytes. The defaults are the owner's; `name` None is the file's own."""
+    """How an answer presents a file's bytes. The defaults are the owner's; `name` None is the file's own.
+
+    `preview` names the preview whose bytes they are, if they are not the file's. `varies` is the request's header that it was chosen by.
+    """
 
     disposition: Disposition | None = None
     name: str | None = None
     cache_control: str = OWNER_CACHE_CONTROL
     resource_policy: str = "same-origin"
+    preview: str | None = None
+    varies: str | None = None
 
 
 _OWNERS = Presentation()
 
 
-def etag(sha256: bytes) -> str:
-    """The strong ETag of bytes with this digest, quotes included."""
-    return f'"{sha256.hex()}"'
+def etag(sha256: bytes, preview: str | None = None) -> str:
+    """The ETag, quotes included: a strong one of bytes with this digest, a weak one of a preview of them.
+
+    A preview made again is the same picture, but other bytes when the encoder is another by then.
+    """
+    return f'"{sha256.hex()}"' if preview is None else f'W/"{sha256.hex()}-{preview}"'
 
 
 def last_modified(changed_at: datetime) -> str:
@@ -111,12 +119,13 @@ def disposition_of(mime_type: str, wanted: Disposition | None) -> Disposition:
 
 def representation_headers(file: Described, how: Presentation = _OWNERS) -> list[tuple[str, str]]:
     """The headers of a 200 or 206 answer except those of its length. Names are lower-case."""
+    digest = [] if how.preview else [("repr-digest", f"sha-256=:{base64.b64encode(file.sha256).decode('ascii')}:")]
     return [
         # Rows that Coffer wrote hold plain types; one written by hand must not be able to split the header.
         ("content-type", file.mime_type if _MIME_TYPE.fullmatch(file.mime_type) else "application/octet-stream"),
         ("content-disposition", content_disposition(disposition_of(file.mime_type, how.disposition), how.name or file.file_name)),
         ("accept-ranges", "bytes"),
-        ("repr-digest", f"sha-256=:{base64.b64encode(file.sha256).decode('ascii')}:"),
+        *digest,
         *validator_headers(file, how),
     ]
 
@@ -124,7 +133,8 @@ def representation_headers(file: Described, how: Presentation = _OWNERS) -> list
 def validator_headers(file: Described, how: Presentation = _OWNERS) -> list[tuple[str, str]]:
     """The headers of a 304 answer, a part of those of a 200."""
     return [
-        ("etag", etag(file.sha256)),
+        ("etag", etag(file.sha256, how.preview)),
+        *([("vary", how.varies)] if how.varies else []),
         ("last-modified", last_modified(file.content_changed_at)),
         ("cache-control", how.cache_control),
         ("x-content-type-options", "nosniff"),

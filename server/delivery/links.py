@@ -25,16 +25,16 @@ from server.delivery.headers import Disposition, fitting_name
 from server.errors import LinkExpired, LinkInvalid
 from server.kinds import DIRECTORIES, KNOWN
 from server.ledger.models import File
+from server.vault.layout import PREVIEW_NAME
 
 DOWNLOAD_SALT = b"coffer.download.1"
 UPLOAD_SALT = b"coffer.upload.1"
 
 VERSION = 1
 _ATTACHMENT = 1
-_ORIGINAL = 0  # the variant that is the file itself; previews get numbers of their own
 # version, flags, expiry (Unix seconds), volume (first 4 bytes of its UUID), generation, link epoch of the user, file id, SHA-256,
-# size in bytes, last change of the bytes (Unix seconds), kind (index in DIRECTORIES), variant, length of the extension; then the
-# extension, then the user's directory to the end. Numbers are big-endian.
+# size in bytes, last change of the bytes (Unix seconds), kind (index in DIRECTORIES), length of the preview's name (0: the file itself),
+# length of the extension; then the extension, the preview's name, and the user's directory to the end. Numbers are big-endian.
 _DOWNLOAD = struct.Struct(">BBI4sII16s32sQIBBB")
 _UPLOAD = struct.Struct(">BxI16s")  # version, an unused byte, expiry, upload id
 
@@ -49,7 +49,8 @@ _DOTS = re.compile(r"\.{1,2}")
 class LinkedFile(msgspec.Struct, frozen=True, kw_only=True):
     """What a link's holder may read: enough to serve the bytes without asking the database.
 
-    `volume_id` is nil until somebody who knows the volumes finds the one of the prefix.
+    `preview` is the name of a preview of the file, when the link is to that; the other fields are the file's all the same, but for
+    `file_name`. `volume_id` is nil until somebody who knows the volumes finds the one of the prefix.
     """
 
     id: UUID
@@ -66,6 +67,7 @@ class LinkedFile(msgspec.Struct, frozen=True, kw_only=True):
     content_changed_at: datetime
     disposition: Disposition
     expires_at: int
+    preview: str | None = None
 
 
 class Links:
@@ -76,9 +78,16 @@ class Links:
         self._uploads = [_signer(key, UPLOAD_SALT) for key in keys]
 
     def download(
-        self, file: File, link_epoch: int, *, expires_at: int, disposition: Disposition = "inline", name: str | None = None
+        self,
+        file: File,
+        link_epoch: int,
+        *,
+        expires_at: int,
+        disposition: Disposition = "inline",
+        name: str | None = None,
+        preview: str | None = None,
     ) -> str:
-        """The path of a link to these very bytes, until `expires_at` (Unix seconds). Same arguments, same link."""
+        """The path of a link to these very bytes or to a preview of them, until `expires_at` (Unix seconds). Same arguments, same link."""
         path = PurePosixPath(file.file_path)
         user_directory, kind_directory = path.parts[1:3]
         extension = path.suffix[1:].encode("ascii")
@@ -95,28 +104,32 @@ class Links:
                 file.file_size,
                 int(file.content_changed_at.timestamp()),
                 list(DIRECTORIES.values()).index(kind_directory),
-                _ORIGINAL,
+                len(preview or ""),
                 len(extension),
             )
             + extension
+            + (preview or "").encode("ascii")
             + user_directory.encode("ascii")
         ).decode("ascii")
-        segment = name_segment(name or file.file_name)
+        segment = name_segment(name or (file.file_name if preview is None else f"{PurePosixPath(file.file_name).stem}-{preview}"))
         return f"/f/{payload}.{_signature(self._downloads[0], f'{payload}/{segment}')}/{segment}"
 
     def verify_download(self, token: str, segment: str) -> LinkedFile:
         """What the link says. `token` and `segment` as they stand in the URL. Raises `LinkInvalid`, `LinkExpired`."""
         packed = _verified(self._downloads, token, segment)
         try:
-            (version, flags, expires_at, volume_prefix, generation, epoch, file_id, digest, size, changed_at, kind, variant, length) = (
+            version, flags, expires_at, volume_prefix, generation, epoch, file_id, digest, size, changed_at, kind, *lengths = (
                 _DOWNLOAD.unpack_from(packed)
             )
-            extension = packed[_DOWNLOAD.size : _DOWNLOAD.size + length].decode("ascii")
-            user_directory = packed[_DOWNLOAD.size + length :].decode("ascii")
+            preview_length, extension_length = lengths
+            preview_at, directory_at = _DOWNLOAD.size + extension_length, _DOWNLOAD.size + extension_length + preview_length
+            extension = packed[_DOWNLOAD.size : preview_at].decode("ascii")
+            preview = packed[preview_at:directory_at].decode("ascii")
+            user_directory = packed[directory_at:].decode("ascii")
             directory, mime_type = DIRECTORIES[_KINDS[kind]], _MIME_TYPES[extension]
         except (struct.error, UnicodeDecodeError, LookupError) as problem:  # signed by us, so only a later version of us says this
             raise LinkInvalid from problem
-        if version != VERSION or variant != _ORIGINAL or flags & ~_ATTACHMENT:
+        if version != VERSION or flags & ~_ATTACHMENT or not user_directory or (preview and not PREVIEW_NAME.fullmatch(preview)):
             raise LinkInvalid
         if expires_at <= time.time():
             raise LinkExpired
@@ -135,6 +148,7 @@ class Links:
             content_changed_at=datetime.fromtimestamp(changed_at, UTC),
             disposition="attachment" if flags & _ATTACHMENT else "inline",
             expires_at=expires_at,
+            preview=preview or None,
         )
 
     def upload(self, upload_id: UUID, *, expires_at: int) -> str:

@@ -3,23 +3,25 @@
 import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from uuid import UUID
 
 import msgspec
 
 from server import ledger
 from server.delivery.conditions import Outcome, evaluate, range_applies
-from server.delivery.headers import Disposition, Presentation, representation_headers, validator_headers
+from server.delivery.headers import Disposition, Presentation, etag, representation_headers, validator_headers
 from server.delivery.links import LinkedFile
+from server.delivery.previews import AwaitedPreviews, PreviewFile, from_link
 from server.delivery.ranges import ByteRange, requested_range
 from server.errors import Damaged, DatabaseUnavailable, NotFound, VolumeUnavailable
 from server.ledger import Database, File
+from server.previews.variants import negotiated
 from server.vault import Vault
 from server.vault.layout import user_directory
 from server.vault.volume import Handle, Volume
 
-Stored = File | LinkedFile
+Stored = File | LinkedFile | PreviewFile
 
 log = logging.getLogger("coffer.delivery")
 
@@ -61,7 +63,15 @@ class Answer:
 class Delivery:
     """Answers requests for stored bytes. Knows no HTTP server; lives in one event loop."""
 
-    def __init__(self, db: Database, vault: Vault, link_resource_policy: str = "cross-origin", *, audit_reads: bool = False) -> None:
+    def __init__(
+        self,
+        db: Database,
+        vault: Vault,
+        previews: AwaitedPreviews,
+        link_resource_policy: str = "cross-origin",
+        *,
+        audit_reads: bool = False,
+    ) -> None:
         """`link_resource_policy` is the Cross-Origin-Resource-Policy of what links and public files give.
 
         With `audit_reads`, bytes are given only once the audit trail says so.
@@ -69,6 +79,7 @@ class Delivery:
         self.link_epochs: dict[str, int] = {}  # by user directory, as last heard from the database
         self._db = db
         self._vault = vault
+        self._previews = previews
         self._link_resource_policy = link_resource_policy
         self._audit_reads = audit_reads
 
@@ -87,21 +98,58 @@ class Delivery:
         """The answer to the holder of a signed link. Never other bytes than those that the link was made for.
 
         While the database is away the link itself says what the row would, so links are served all the same; a file that is
-        gone from the disk or whose user has revoked links is `NotFound` then too. Raises as `open`.
+        gone from the disk or whose user has revoked links is `NotFound` then too. Raises as `open`; for a preview that is not there,
+        `NoPreview` and `PreviewPending`.
         """
         how = Presentation(link.disposition, link.file_name, cache_control, self._link_resource_policy)
+        if link.preview is not None:
+            return await self._open_preview(link, link.preview, method, headers, how)
         try:
             return await self._open(
                 lambda: ledger.get_linked_file(self._db, link.id, link.generation, link.link_epoch), method, headers, how
             )
         except DatabaseUnavailable:
-            volume_id = next((volume.id for volume in self._vault.volumes if volume.id.bytes[:4] == link.volume_prefix), None)
-            if self._audit_reads or volume_id is None or link.link_epoch < self.link_epochs.get(link.user_directory, 0):
+            if (trusted := self._without_database(link)) is None:
                 raise
             try:
-                return await self._answer(msgspec.structs.replace(link, volume_id=volume_id), method, headers, how)
+                return await self._answer(trusted, method, headers, how)
             except FileNotFoundError as problem:
                 raise NotFound from problem
+
+    async def _open_preview(self, link: LinkedFile, signed: str, method: str, headers: Mapping[str, str], how: Presentation) -> Answer:
+        name, varies = negotiated(signed, headers.get("accept"))
+        saved_as = link.file_name
+        if saved_as.endswith(signed):  # unless whoever made the link has named it otherwise
+            saved_as = saved_as.removesuffix(signed) + name
+        how = replace(how, name=saved_as, preview=name, varies=varies)
+        try:
+            found = await self._previews.find(link, name)
+            try:
+                return await self._recorded(found, await self._answer(found, method, headers, how))
+            except (FileNotFoundError, Damaged):
+                log.warning("a preview is missing and will be made again", extra={"file_id": str(link.id), "file_path": found.file_path})
+                await self._previews.make_again(found)
+            found = await self._previews.find(link, name)
+            try:
+                return await self._recorded(found, await self._answer(found, method, headers, how))
+            except FileNotFoundError as problem:
+                raise Damaged from problem
+        except DatabaseUnavailable:
+            if (trusted := self._without_database(link)) is None:
+                raise
+            try:
+                # The original's generation is what revokes its links, so it must be there.
+                await self._vault.run(_is_stored, self._vault.volume(trusted.volume_id), trusted.file_path)
+                return await self._answer(from_link(trusted, name), method, headers, how)
+            except FileNotFoundError as problem:
+                raise NotFound from problem
+
+    def _without_database(self, link: LinkedFile) -> LinkedFile | None:
+        """The link, when it may be trusted although no row can be asked: then with its volume."""
+        volume_id = next((volume.id for volume in self._vault.volumes if volume.id.bytes[:4] == link.volume_prefix), None)
+        if self._audit_reads or volume_id is None or link.link_epoch < self.link_epochs.get(link.user_directory, 0):
+            return None
+        return msgspec.structs.replace(link, volume_id=volume_id)
 
     async def open_public(self, public_id: str, method: str, headers: Mapping[str, str], cache_control: str) -> Answer:
         """The answer to whoever knows a public file's URL. Raises as `open`."""
@@ -129,7 +177,7 @@ class Delivery:
         )
         raise Damaged
 
-    async def _recorded(self, file: File, answer: Answer) -> Answer:
+    async def _recorded(self, file: File | PreviewFile, answer: Answer) -> Answer:
         if self._audit_reads and answer.body is not None:
             try:
                 await ledger.record_reads(self._db, "file.downloaded", file.user_id, [file.id])
@@ -139,20 +187,24 @@ class Delivery:
         return answer
 
     async def _answer(self, file: Stored, method: str, headers: Mapping[str, str], how: Presentation) -> Answer:
-        if evaluate(method, headers, file.sha256, file.content_changed_at) is Outcome.NOT_MODIFIED:
+        tag = etag(file.sha256, how.preview)
+        if evaluate(method, headers, tag, file.content_changed_at) is Outcome.NOT_MODIFIED:
             return Answer(304, validator_headers(file, how), None)
-        part = self._part(file, method, headers)
+        size_bytes = file.file_size
+        if size_bytes is None:
+            size_bytes = await self._vault.run(_size_of, self._vault.volume(file.volume_id), file.file_path)
+        part = self._part(file, size_bytes, tag, method, headers)
         whole = part is None
-        part = part or ByteRange(0, file.file_size)
+        part = part or ByteRange(0, size_bytes)
         first_bytes = min(part.length, READ_BYTES) if method == "GET" else 0
-        opened, first = await self._vault.run(_open, self._vault.volume(file.volume_id), file, part.offset, first_bytes)
+        opened, first = await self._vault.run(_open, self._vault.volume(file.volume_id), file, size_bytes, part.offset, first_bytes)
         body = Body(opened, part.offset, part.length, first)
         if opened is None or len(first) != first_bytes:
             body.close()
             raise Damaged
         headers_sent = [*representation_headers(file, how), ("content-length", str(part.length))]
         if not whole:
-            headers_sent.append(("content-range", part.content_range(file.file_size)))
+            headers_sent.append(("content-range", part.content_range(size_bytes)))
         if method != "GET":
             body.close()
         return Answer(200 if whole else 206, headers_sent, body if method == "GET" else None)
@@ -169,22 +221,31 @@ class Delivery:
         return chunk
 
     @staticmethod
-    def _part(file: Stored, method: str, headers: Mapping[str, str]) -> ByteRange | None:
+    def _part(file: Stored, size_bytes: int, tag: str, method: str, headers: Mapping[str, str]) -> ByteRange | None:
         wanted = headers.get("range")
         if wanted is None or method != "GET":  # section 14.2: Range has a meaning for GET alone
             return None
         # A file that was never replaced nor renamed has had one content only, so its date is as good as its ETag.
         date_is_strong = file.generation == 1
-        if not range_applies(headers.get("if-range"), file.sha256, file.content_changed_at, date_is_strong=date_is_strong):
+        if not range_applies(headers.get("if-range"), tag, file.content_changed_at, date_is_strong=date_is_strong):
             return None
-        return requested_range(wanted, file.file_size)
+        return requested_range(wanted, size_bytes)
 
 
 # What runs in a thread does not raise once a file is open: a traceback would hold the handle, and the file open, for as long
 # as anybody keeps the exception.
 
 
-def _open(volume: Volume, file: Stored, offset: int, length: int) -> tuple[Handle | None, bytes]:
+def _is_stored(volume: Volume, path: str) -> None:
+    os.close(volume.open_stored(path))
+
+
+def _size_of(volume: Volume, path: str) -> int:
+    opened = Handle(volume.open_stored(path))
+    return os.fstat(opened.fd).st_size
+
+
+def _open(volume: Volume, file: Stored, expected_bytes: int, offset: int, length: int) -> tuple[Handle | None, bytes]:
     """Opens the file and reads. No handle when the stored file is not what its row says.
 
     The handle closes itself, also when the request was cancelled while this ran and nobody takes it.
@@ -201,7 +262,7 @@ def _open(volume: Volume, file: Stored, offset: int, length: int) -> tuple[Handl
         log.exception("a stored file cannot be opened", extra=facts)
         raise VolumeUnavailable from problem
     size_bytes = os.fstat(opened.fd).st_size
-    if size_bytes != file.file_size:
+    if size_bytes != expected_bytes:
         log.error("a stored file has another length than its row", extra={**facts, "size_bytes": size_bytes})
         return None, b""
     return opened, _read(opened, length, offset)

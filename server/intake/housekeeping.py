@@ -40,6 +40,7 @@ class Housekeeping:
     async def start(self) -> None:
         """Looks at the volumes once, then goes on in the background. Works with the database down: it asks again."""
         await self._guarded(self.watch)
+        await self._guarded(self._set_rules)
         renew_seconds = self._settings.reservation_lease_seconds / 4  # three renewals may fail before a lease is lost
         self._tasks = [
             asyncio.create_task(self._repeat(self.watch, _WATCH_SECONDS)),
@@ -89,8 +90,11 @@ class Housekeeping:
 
     async def tidy(self) -> None:
         """One round of everything that an interruption may have left; each part goes on when another fails."""
-        for step in (self._expire, self._bury, self._sweep_incoming, self._go_on_erasing, self._forget):
+        for step in (self._set_rules, self._expire, self._bury, self._sweep_incoming, self._go_on_erasing, self._forget):
             await self._guarded(step)
+
+    async def _set_rules(self) -> None:
+        await ledger.set_quota_rules(self._db, counts_previews=self._settings.previews_in_quota)
 
     async def _expire(self) -> None:
         expired = await ledger.release_expired(self._db, _BATCH)

@@ -253,7 +253,9 @@ class Upload:
             idempotency_key=self._idempotency_key,
             user_since=self._user_since,
         )
-        return await self._commit(lambda: self._publish(new), self.id, new.file_path)
+        file = await self._commit(lambda: self._publish(new), self.id, new.file_path)
+        self._wake_worker(file)
+        return file
 
     async def replace(self, old: File) -> File:
         """Publishes the bytes as the new content of `old`, whose bytes live until the commit. Its kind stays.
@@ -282,6 +284,7 @@ class Upload:
             )
 
         file = await self._commit(statement, old.id, new.file_path)
+        self._wake_worker(file)
         try:
             await self._intake.vault.run(self._intake.vault.volume(old.volume_id).remove_stored, [old.file_path])
         except CofferError as problem:  # its tombstone stays, as it does in any case until housekeeping has looked
@@ -355,6 +358,10 @@ class Upload:
             self._landed_path = path(candidate)
             return candidate, file.sha256
         raise Conflict
+
+    def _wake_worker(self, file: File) -> None:
+        if file.preview_state == "pending":
+            self._intake.waker.wake()
 
     async def _publish(self, new: NewFile) -> File:
         try:

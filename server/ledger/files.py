@@ -9,8 +9,9 @@ import msgspec
 
 from server.actor import actor_json
 from server.errors import Conflict, NotFound, PreconditionFailed
+from server.kinds import PREVIEWED
 from server.ledger.database import COMMIT_PATIENCE_SECONDS, LONG_PATIENCE_SECONDS, Database, Row, unstorable
-from server.ledger.models import File, NewFile, ReplacedContent, Tombstone
+from server.ledger.models import File, NewFile, PreviewState, ReplacedContent, Tombstone
 from server.ledger.statements import statement
 
 FILE_COLUMNS = ", ".join(File.__struct_fields__)
@@ -64,11 +65,17 @@ async def publish_file(db: Database, new: NewFile) -> File:
         new.idempotency_key,
         new.user_since,
         actor_json(),
+        preview_state_of(new),
         patience=COMMIT_PATIENCE_SECONDS,
     )
     if not rows:
         raise NotFound
     return published(new, rows[0]["upload_date"])
+
+
+def preview_state_of(new: NewFile) -> PreviewState | None:
+    """What a new file's row says of its preview."""
+    return "pending" if new.file_type in PREVIEWED else None
 
 
 def published(new: NewFile, date: datetime) -> File:
@@ -90,6 +97,14 @@ def published(new: NewFile, date: datetime) -> File:
         height=None,
         duration=None,
         duration_seconds=None,
+        preview_state=preview_state_of(new),
+        preview_reason=None,
+        preview_tries=0,
+        thumbhash=None,
+        average_color=None,
+        frame_rate=None,
+        video_codec=None,
+        audio_codec=None,
         package_name=new.package_name,
         tags=new.tags,
         is_favorite=False,

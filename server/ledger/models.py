@@ -1,5 +1,6 @@
 """Rows as the rest of the house sees them. Names are those of the tables; every size is in bytes."""
 
+import math
 from datetime import datetime
 from ipaddress import IPv4Network, IPv6Network
 from typing import Any, Literal
@@ -7,9 +8,15 @@ from uuid import UUID
 
 import msgspec
 
+PreviewState = Literal["pending", "ready", "failed", "unsupported"]
+
 
 class File(msgspec.Struct, frozen=True, kw_only=True):
-    """One row of `user_files`. `file_path` is relative to its volume's mount."""
+    """One row of `user_files`. `file_path` is relative to its volume's mount.
+
+    What previews are made of fills what is None till then; `preview_state` None: no preview is made of such a file.
+    `preview_tries` is how often making one of these bytes has begun.
+    """
 
     id: UUID
     user_id: str
@@ -27,6 +34,14 @@ class File(msgspec.Struct, frozen=True, kw_only=True):
     height: int | None
     duration: str | None
     duration_seconds: float | None
+    preview_state: PreviewState | None
+    preview_reason: str | None
+    preview_tries: int
+    thumbhash: bytes | None
+    average_color: str | None
+    frame_rate: float | None
+    video_codec: str | None
+    audio_codec: str | None
     package_name: str | None
     tags: list[str]
     is_favorite: bool
@@ -73,6 +88,47 @@ class ReplacedContent(msgspec.Struct, frozen=True, kw_only=True):
     generation: int
 
 
+class PreviewRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of `previews`: a file derived from another. `file_name` is that in the other's directory of previews."""
+
+    variant: str
+    file_name: str
+    mime_type: str
+    width: int | None
+    height: int | None
+    size_bytes: int
+
+
+class LinkedPreview(msgspec.Struct, frozen=True, kw_only=True):
+    """What a link to a preview leads to: the file, and the preview where it has been made. `is_unused`: it was not asked for lately."""
+
+    file: File
+    preview: PreviewRow | None
+    is_unused: bool
+
+
+class EvictedPreview(msgspec.Struct, frozen=True, kw_only=True):
+    """A preview without a row, whose bytes are still to be removed. `file_path` is that of the file it was made from."""
+
+    file_id: UUID
+    file_name: str
+    volume_id: UUID
+    file_path: str
+
+
+class PreviewFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What making previews has found out about a file. Width and height as it is to be seen, orientation applied."""
+
+    width: int | None = None
+    height: int | None = None
+    duration_seconds: float | None = None
+    frame_rate: float | None = None
+    video_codec: str | None = None
+    audio_codec: str | None = None
+    thumbhash: bytes | None = None
+    average_color: str | None = None
+
+
 class FileQuery(msgspec.Struct, frozen=True, kw_only=True):
     """What to list. None is no filter. `name` finds words of the name by their beginnings, and comes with the sort `name`.
     `kinds` are the only ones that may be seen at all, whatever `file_type` asks for.
@@ -103,7 +159,7 @@ class FilePage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class User(msgspec.Struct, frozen=True, kw_only=True):
-    """One row of `user_storage`. `max_bytes` None is unlimited."""
+    """One row of `user_storage`. `max_bytes` None is unlimited. `preview_bytes` are in none of the other figures."""
 
     user_id: str
     tier: str
@@ -111,6 +167,7 @@ class User(msgspec.Struct, frozen=True, kw_only=True):
     total_bytes: int
     reserved_bytes: int
     file_count: int
+    preview_bytes: int
     volume_id: UUID | None
     erasing_at: datetime | None
     link_epoch: int
@@ -218,3 +275,17 @@ class ApiKeyRow(msgspec.Struct, frozen=True, kw_only=True):
     expires_at: datetime | None
     revoked_at: datetime | None
     last_used_at: datetime | None = None
+
+
+PREVIEW_BOUNDS_SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 180.0, math.inf)
+"""Of the histogram that the workers keep. A bound once used stays: rows have it."""
+
+
+class PreviewFigure(msgspec.Struct, frozen=True, kw_only=True):
+    """How many files of a type ended in a state after up to `upto_seconds` of work, and more than the bound before, and their sum."""
+
+    file_type: str
+    state: str
+    upto_seconds: float
+    files: int
+    seconds: float

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from server.actor import actor_json
 from server.errors import CommitUnknown, DatabaseUnavailable
 from server.ledger.database import COMMIT_PATIENCE_SECONDS, Database
-from server.ledger.files import json_text, publish_file, published
+from server.ledger.files import json_text, preview_state_of, publish_file, published
 from server.ledger.models import File, NewFile
 from server.ledger.statements import statement
 
@@ -90,6 +90,7 @@ class Publisher:
                 [json_text(new.tags) for new in news],
                 [json_text(new.metadata) for new in news],
                 [each.actor for each in together],
+                [preview_state_of(new) for new in news],
                 patience=COMMIT_PATIENCE_SECONDS,
             )
         except (CommitUnknown, DatabaseUnavailable) as problem:

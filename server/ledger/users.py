@@ -17,6 +17,7 @@ _GET = statement("get_user", user=USER_COLUMNS)
 _ENSURE = statement("ensure_user", user=USER_COLUMNS)
 _LIST = statement("list_users", user=USER_COLUMNS)
 _SET_QUOTA = statement("set_quota", user=USER_COLUMNS)
+_SET_RULES = statement("set_quota_rules")
 _BY_TYPE = statement("usage_by_type")
 _BEGIN_ERASING = statement("begin_erasing", user=USER_COLUMNS)
 _ERASE_BATCH = statement("erase_batch")
@@ -57,6 +58,11 @@ async def set_quota(db: Database, user_id: str, max_bytes: int | None, *, volume
     Less than what is used is allowed: it blocks new bytes only. Reservations that are held may still be published.
     """
     return _one(await db.write(_SET_QUOTA, user_id, max_bytes, volume_id, actor_json()))
+
+
+async def set_quota_rules(db: Database, *, counts_previews: bool) -> None:
+    """Says whether a quota counts previews, of all users, from now on. What is stored already stays, whatever it makes of quotas."""
+    await db.write(_SET_RULES, counts_previews)
 
 
 async def usage(db: Database, user_id: str) -> tuple[User | None, dict[str, KindUsage]]:

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Literal
 from uuid import UUID
 
 from server.errors import CofferError, VolumeFull, VolumeReadOnly, VolumeUnavailable
-from server.vault.layout import INCOMING, USERS, checked
+from server.vault.layout import INCOMING, USERS, checked, checked_preview_name, checked_previews, checked_readable, is_previews
 from server.vault.sentinel import read_sentinel
 
 State = Literal["open", "full", "read_only", "unavailable"]
@@ -233,12 +234,12 @@ class Volume:
     # Stored files
 
     def open_stored(self, path: str) -> int:
-        """A read-only descriptor of a stored file, which the caller closes.
+        """A read-only descriptor of a stored file or of a preview, which the caller closes.
 
         Raises `FileNotFoundError` when it is not there, `VolumeUnavailable` when its volume is not.
         """
         root = self.root()
-        directory, name = checked(path).rsplit("/", 1)
+        directory, name = checked_readable(path).rsplit("/", 1)
         parent = self.directory(root, directory, make=False)
         try:
             return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
@@ -265,13 +266,18 @@ class Volume:
             os.close(parent)
 
     def remove_stored(self, paths: list[str]) -> None:
-        """Unlinks stored files and syncs their directories, once each. Files that are gone already are fine: repeating is safe.
+        """Unlinks stored files and syncs their directories, once each; removes directories of previews with all that is in them.
+
+        Files that are gone already are fine: repeating is safe.
 
         A crash half-way leaves files whose tombstones still name them.
         """
         root = self.root()
         by_directory: dict[str, list[str]] = {}
         for path in paths:
+            if is_previews(path):
+                self.remove_previews(path)
+                continue
             directory, name = checked(path).rsplit("/", 1)
             by_directory.setdefault(directory, []).append(name)
         for directory, names in by_directory.items():
@@ -287,6 +293,97 @@ class Volume:
                     os.fsync(parent)
             finally:
                 os.close(parent)
+
+    # Previews
+
+    def stored_file(self, path: str) -> Path:
+        """The absolute path of a stored file, for a decoder that is to be shown it. Raises as `open_stored`."""
+        os.close(self.open_stored(path))
+        return self.mount / path
+
+    def store_previews(self, directory: str, made: Path, names: list[str], *, keep_others: bool = False) -> list[int]:
+        """Replaces a file's previews by those that lie in the directory `made`, durably, and returns their sizes in bytes.
+
+        With `keep_others`, only those of the same names.
+
+        The decoder that made them saw untrusted bytes: nothing but its plain files is taken. Call it before the rows are committed; a
+        crash leaves previews without rows, which the next making replaces. Raises `ValueError` for what is not a plain file.
+        """
+        root = self.root()
+        sizes = []
+        to = self.directory(root, checked_previews(directory), make=True)
+        try:
+            with self.writing():
+                for name in names:
+                    sizes.append(_copy_plain(made / checked_preview_name(name), f".{name}", to, self))
+                    os.rename(f".{name}", name, src_dir_fd=to, dst_dir_fd=to)
+                for old in () if keep_others else set(os.listdir(to)) - set(names):  # noqa: PTH208 - a descriptor has no path
+                    _unlink_if_there(old, to)
+            with self.syncing():
+                os.fsync(to)
+        finally:
+            os.close(to)
+        return sizes
+
+    def remove_preview(self, path: str) -> None:
+        """Removes one preview of a file. Repeating is safe. Not synced: one that a crash brings back has no row, and is garbage."""
+        directory, name = checked_readable(path).rsplit("/", 1)
+        try:
+            parent = self.directory(self.root(), checked_previews(directory), make=False)
+        except FileNotFoundError:
+            return
+        try:
+            with self.writing():
+                _unlink_if_there(name, parent)
+        finally:
+            os.close(parent)
+
+    def remove_previews(self, directory: str) -> None:
+        """Removes a file's previews and their directory. Repeating is safe."""
+        self._remove_previews(checked_previews(directory))
+
+    def remove_late_previews(self, directory: str) -> None:
+        """As `remove_previews`, of a file that was deleted before its previews were stored. Its user may have been erased meanwhile, whose
+        directory the storing has made again: it goes too, when nothing else is in it.
+        """
+        self._remove_previews(checked_previews(directory))
+        root = self.root()
+        above = directory.rsplit("/", 1)[0]
+        while "/" in above:  # users/<user_dir>/previews, then users/<user_dir>
+            parent_path, name = above.rsplit("/", 1)
+            try:
+                parent = self.directory(root, parent_path, make=False)
+            except FileNotFoundError:
+                return
+            try:
+                os.rmdir(name, dir_fd=parent)
+                with self.syncing():
+                    os.fsync(parent)
+            except FileNotFoundError:
+                pass
+            except OSError as problem:
+                if problem.errno != errno.ENOTEMPTY:
+                    raise self._failure(problem) from problem
+                return
+            finally:
+                os.close(parent)
+            self._durable.pop(f"/{above}", None)
+            above = parent_path
+
+    def _remove_previews(self, directory: str) -> None:
+        parent_path, name = directory.rsplit("/", 1)
+        try:
+            parent = self.directory(self.root(), parent_path, make=False)
+        except FileNotFoundError:
+            return
+        try:
+            with self.writing():
+                _remove_tree(name, parent)
+            with self.syncing():
+                os.fsync(parent)
+        finally:
+            os.close(parent)
+        self._durable.pop(f"/{directory}", None)
 
     def remove_user(self, user_directory: str) -> None:
         """Removes everything under a user's directory, and the directory. Repeating after a crash is safe."""
@@ -329,6 +426,31 @@ class Volume:
         finally:
             os.close(directory)
         return found
+
+
+def _copy_plain(source: Path, name: str, directory: int, volume: Volume) -> int:
+    """Copies a plain file to a new name in `directory`, synced. Returns its size in bytes."""
+    read = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        facts = os.fstat(read)
+        if not stat.S_ISREG(facts.st_mode):
+            raise ValueError(f"{source.name} is no plain file")
+        _unlink_if_there(name, directory)  # what a crash left, or somebody planted: nothing that exists is written to
+        written = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640, dir_fd=directory)
+        try:
+            offset = 0
+            while offset < facts.st_size and (sent := os.sendfile(written, read, offset, facts.st_size - offset)):
+                offset += sent
+            with volume.syncing():
+                os.fsync(written)
+        except BaseException:
+            _unlink_if_there(name, directory)  # a full volume is not made fuller
+            raise
+        finally:
+            os.close(written)
+        return offset
+    finally:
+        os.close(read)
 
 
 def _unlink_if_there(name: str, directory: int) -> None:

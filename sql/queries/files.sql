@@ -9,8 +9,8 @@ with released as (
     delete from uploads where id = $1 and user_id = $2 returning id
 ), published as (
     insert into user_files (id, user_id, file_name, file_type, mime_type, file_size, sha256, volume_id, file_path, generation,
-                            package_name, tags, metadata, idempotency_key)
-    select $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14 from (select count(*) from released) first (released)
+                            package_name, tags, metadata, idempotency_key, preview_state)
+    select $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $17 from (select count(*) from released) first (released)
     where first.released >= 0
       and ($15::timestamptz is null or exists (select from user_storage u where u.user_id = $2 and u.created_at = $15))
     returning *
@@ -31,16 +31,16 @@ select upload_date from published;
 -- began, and those whose user somebody else has locked: nobody's upload waits for another user.
 with news as (
     select * from unnest($1::uuid[], $2::text[], $3::timestamptz[], $4::text[], $5::text[], $6::text[], $7::bigint[], $8::bytea[],
-                         $9::uuid[], $10::text[], $11::integer[], $12::text[], $13::jsonb[], $14::jsonb[], $15::jsonb[])
+                         $9::uuid[], $10::text[], $11::integer[], $12::text[], $13::jsonb[], $14::jsonb[], $15::jsonb[], $16::text[])
              as n (id, user_id, user_since, file_name, file_type, mime_type, file_size, sha256,
-                   volume_id, file_path, generation, package_name, tags, metadata, actor)
+                   volume_id, file_path, generation, package_name, tags, metadata, actor, preview_state)
 ), admitted as materialized (
     select user_id, created_at from user_storage where user_id = any ($2) for no key update skip locked
 ), published as (
     insert into user_files (id, user_id, file_name, file_type, mime_type, file_size, sha256, volume_id, file_path, generation,
-                            package_name, tags, metadata)
+                            package_name, tags, metadata, preview_state)
     select n.id, n.user_id, n.file_name, n.file_type, n.mime_type, n.file_size, n.sha256, n.volume_id, n.file_path, n.generation,
-           n.package_name, array(select jsonb_array_elements_text(n.tags)), n.metadata
+           n.package_name, array(select jsonb_array_elements_text(n.tags)), n.metadata, n.preview_state
       from news n join admitted a on a.user_id = n.user_id and (n.user_since is null or a.created_at = n.user_since)
     returning *
 ), noted as (
@@ -64,6 +64,8 @@ with released as (
     update user_files f
        set mime_type = $5, file_size = $6, sha256 = $7, volume_id = $8, file_path = $9, generation = $10,
            thumbnail_path = null, resolution = null, width = null, height = null, duration = null, duration_seconds = null,
+           preview_state = case when f.preview_state is not null then 'pending' end, preview_reason = null, preview_tries = 0, thumbhash = null,
+           average_color = null, frame_rate = null, video_codec = null, audio_codec = null,
            content_changed_at = clock_timestamp(), updated_at = clock_timestamp()
       from (select count(*) from released) first (released)
      where first.released >= 0 and f.user_id = $1 and f.id = $2 and f.generation = $3
@@ -77,6 +79,12 @@ with released as (
     insert into audit_log (action, user_id, file_id, detail, actor_kind, actor_id, acting_user_id, address, request_id)
     select 'file.replaced', r.user_id, r.id, jsonb_build_object('mime_type', r.mime_type, 'file_size', r.file_size), a.*
       from replaced r, actor_of_v1($11) a
+), outdated as (
+    delete from previews p using replaced r where p.file_id = r.id
+), queued as (
+    insert into pgqueuer (priority, status, entrypoint, payload, dedupe_key)
+    select 0, 'queued', 'preview', convert_to(id::text, 'UTF8'), 'preview:' || id from replaced where preview_state = 'pending'
+    on conflict do nothing
 )
 select {file} from replaced;
 

@@ -37,6 +37,13 @@ with changed as (
 )
 select {user} from changed;
 
+-- name: set_quota_rules
+-- Tells the triggers whether the quota counts previews. Brings the row back where somebody has deleted it: without it they count.
+with changed as (
+    update quota_rules set counts_previews = $1 where counts_previews <> $1
+)
+insert into quota_rules (counts_previews) select $1 where not exists (select from quota_rules) on conflict do nothing;
+
 -- name: usage_by_type
 -- Files and bytes per type.
 select file_type, sum(file_count)::bigint as file_count, sum(total_bytes)::bigint as total_bytes

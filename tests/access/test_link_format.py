@@ -70,9 +70,38 @@ def test_the_bytes_of_a_link_are_as_documented() -> None:
     assert signature == base64.urlsafe_b64encode(by_hand).decode().rstrip("=")
 
 
-def test_no_character_of_a_link_can_be_changed_added_or_removed() -> None:
+def test_the_bytes_of_a_link_to_a_preview_are_as_documented() -> None:
+    file = a_stored_file(volume_id=UUID("0a0b0c0d-0000-4000-8000-000000000001"), sha256=bytes(range(32)), file_name="Sonne.png")
     links = Links([KEY])
-    token, segment = parts(links.download(a_stored_file(file_name="a b.png"), 0, expires_at=LATER))
+    token, segment = parts(links.download(file, 7, expires_at=LATER, preview="640x480-cover-q80.webp"))
+    assert base64.urlsafe_b64decode(token.split(".")[0] + "==").hex() == (
+        "0100ee6b28000a0b0c0d0000000300000007" + FILE_ID.hex + bytes(range(32)).hex() + "000000000000000a"
+        "695735a5011603" + b"png".hex() + b"640x480-cover-q80.webp".hex() + b"ada".hex()
+    )  # fmt: skip
+    assert segment == "Sonne-640x480-cover-q80.webp"
+    found = links.verify_download(token, segment)
+    assert (found.preview, found.file_path, found.id, found.sha256) == ("640x480-cover-q80.webp", file.file_path, FILE_ID, file.sha256)
+    assert links.verify_download(*parts(links.download(file, 7, expires_at=LATER))).preview is None
+
+
+@pytest.mark.parametrize(
+    "name", ["../x.webp", "a/b.webp", ".webp", "320", "A.webp", "a..webp", "a.webp\n", "a" * 33 + ".webp", "é.webp", "-a.webp"]
+)
+def test_a_link_to_a_preview_names_no_other_file(name: str) -> None:
+    """Signed by us, so only a later version of us says this: an old server must not open anything that it does not know."""
+    links = Links([KEY])
+    token, segment = parts(links.download(a_stored_file(), 0, expires_at=LATER, preview="320.webp"))
+    payload = base64.urlsafe_b64decode(token.split(".")[0] + "==")
+    raw = name.encode()
+    changed = payload[:79] + bytes([len(raw)]) + payload[80:84] + raw + payload[84 + len("320.webp") :]
+    with pytest.raises(LinkInvalid):
+        links.verify_download(signed(changed, b"coffer.download.1", f"/{segment}"), segment)
+
+
+@pytest.mark.parametrize("preview", [None, "320.webp"])
+def test_no_character_of_a_link_can_be_changed_added_or_removed(preview: str | None) -> None:
+    links = Links([KEY])
+    token, segment = parts(links.download(a_stored_file(file_name="a b.png"), 0, expires_at=LATER, preview=preview))
     whole = f"{token}/{segment}"
     alphabet = string.ascii_letters + string.digits + "-_.%/=+ \x00é"
     tried = 0
@@ -112,7 +141,7 @@ def signed(payload: bytes | bytearray, salt: bytes, segment: str = "") -> str:
 
 @pytest.mark.parametrize(("at", "value"), [(0, 0), (0, 2), (1, 2), (1, 255), (78, 5), (78, 255), (79, 1), (80, 2), (80, 255)], ids=str)
 def test_what_a_later_version_signs_is_refused(at: int, value: int) -> None:
-    """Version, flags, directory, variant and extension, each as nobody writes it today: an old server must not guess."""
+    """Version, flags, directory, lengths of the names, each as nobody writes it today: an old server must not guess."""
     links = Links([KEY])
     token, segment = parts(links.download(a_stored_file(), 0, expires_at=LATER))
     payload = bytearray(base64.urlsafe_b64decode(token.split(".")[0] + "=="))

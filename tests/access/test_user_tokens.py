@@ -94,6 +94,24 @@ def test_another_users_file_is_missing(tokens: Tokens) -> None:
         assert ada.get(f"/api/files/{file_id}/download").content == image()
 
 
+def test_a_token_follows_its_subjects_previews_alone(tokens: Tokens) -> None:
+    """There is no worker: what it would say of both files is said by hand."""
+    finish = "select pg_notify('coffer_preview', id || ' ' || user_id) from user_files where user_id = any($1) order by user_id"
+    with (
+        tokens.client(tokens.clerk.token(sub="zoe")) as zoe,
+        tokens.client(tokens.clerk.token(sub="eva")) as eva,
+        zoe.stream("GET", "/api/files/events", timeout=20) as answer,
+    ):
+        lines = answer.iter_lines()
+        assert [next(lines), next(lines)] == ["retry: 2000", ""]
+        ids = [each.post("/api/files/upload", content=image()).json()["id"] for each in (eva, zoe)]
+        execute(tokens.server.database_url, "update user_files set preview_state = 'ready' where user_id in ('eva', 'zoe')")
+        execute(tokens.server.database_url, finish, ["eva", "zoe"])
+        assert next(lines) == "event: preview"
+        assert json.loads(next(lines).removeprefix("data: "))["id"] == ids[1]
+        assert zoe.get("/api/files/events", headers={"X-User-Id": "eva"}).status_code == 403
+
+
 def test_a_token_speaks_for_nobody_else(tokens: Tokens) -> None:
     token = tokens.clerk.token(sub="ada")
     assert tokens.get(token).status_code == tokens.get(token, X_User_Id="ada").status_code == 200

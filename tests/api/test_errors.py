@@ -134,7 +134,7 @@ def listing_routes(api: RunningServer) -> dict[str, list[str]]:
 
 def test_unknown_and_repeated_parameters_are_refused(api: RunningServer) -> None:
     routes = listing_routes(api)
-    assert routes.keys() == {"/api/files", "/api/users", "/api/storage/{file_id}/url", "/api/audit"}
+    assert routes.keys() == {"/api/files", "/api/files/{file_id}", "/api/users", "/api/storage/{file_id}/url", "/api/audit"}
     with api.client("ada") as client:
         for template, parameters in routes.items():
             path = template.replace("{file_id}", MISSING)

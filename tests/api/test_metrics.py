@@ -12,7 +12,7 @@ import pytest
 
 from server.metrics import VOLUME_STATES, Metrics, VolumeFacts
 from tests.samples import image
-from tests.serving import RunningServer, ServerFactory
+from tests.serving import RunningServer, ServerFactory, execute
 from tests.waiting import until
 
 
@@ -31,6 +31,23 @@ def samples(text: str) -> dict[str, float]:
 
 def requests(found: dict[str, float], route: str, method: str, status: int) -> float:
     return found.get(f'coffer_http_requests_total{{method="{method}",route="{route}",status="{status}"}}', 0)
+
+
+def test_previews_that_wait_and_that_failed_are_told(server: RunningServer) -> None:
+    with server.client("ada") as client:
+        for seed in range(5):
+            client.post("/api/files/upload", content=image(600, seed)).raise_for_status()
+    fail = "update user_files set preview_state = 'failed' where id in (select id from user_files limit 2)"
+    execute(server.database_url, fail)
+    found = scraped(server)
+    assert {name: value for name, value in found.items() if name.startswith("coffer_previews_")} == {
+        "coffer_previews_waiting": 3,
+        'coffer_previews_failed{type="audio"}': 0,
+        'coffer_previews_failed{type="image"}': 2,
+        'coffer_previews_failed{type="project"}': 0,
+        'coffer_previews_failed{type="scene"}': 0,
+        'coffer_previews_failed{type="video"}': 0,
+    }
 
 
 def test_volumes_are_told_as_they_are() -> None:

@@ -15,6 +15,7 @@ def test_a_user_who_has_stored_nothing_has_the_default_limit(api: RunningServer)
         "available_bytes": 10 * 2**30,
         "percent": 0.0,
         "file_count": 0,
+        "preview_bytes": 0,
         "by_type": dict.fromkeys(("video", "image", "scene", "project", "audio"), nothing),
     }
 

@@ -19,7 +19,7 @@ from server.api.users import _decoded
 from server.auth import api_keys
 from server.delivery import Links
 from server.delivery.conditions import evaluate, http_date, range_applies
-from server.delivery.headers import content_disposition
+from server.delivery.headers import content_disposition, etag
 from server.delivery.links import name_segment
 from server.delivery.ranges import requested_range
 from server.errors import CofferError
@@ -93,7 +93,7 @@ def _parsers() -> dict[str, Callable[[str], Any]]:
 
     def conditions(text: str) -> None:
         for name in ("if-match", "if-none-match", "if-modified-since", "if-unmodified-since"):
-            evaluate("GET", {name: text}, bytes(32), _LAST_CHANGE)
+            evaluate("GET", {name: text}, etag(bytes(32)), _LAST_CHANGE)
 
     def signed(text: str) -> None:
         """What only we can sign: an old or a later version of us may have."""
@@ -103,7 +103,7 @@ def _parsers() -> dict[str, Callable[[str], Any]]:
 
     return {
         "Range": lambda text: requested_range(_header(text), 1_000),
-        "If-Range": lambda text: range_applies(_header(text), bytes(32), _LAST_CHANGE, date_is_strong=True),
+        "If-Range": lambda text: range_applies(_header(text), etag(bytes(32)), _LAST_CHANGE, date_is_strong=True),
         "conditions": lambda text: conditions(_header(text)),
         "dates": lambda text: http_date(_header(text)),
         "a download token": lambda text: links.verify_download(*(text.split("/", 1) if "/" in text else (text, text))),

@@ -95,7 +95,7 @@ def shelf(tmp_path: Path, vault: Vault, monkeypatch: pytest.MonkeyPatch) -> Shel
 
 @pytest.fixture
 def delivery(vault: Vault) -> Delivery:
-    return Delivery(cast("ledger.Database", None), vault)
+    return Delivery(cast("ledger.Database", None), vault, cast("Any", None))
 
 
 @pytest.fixture

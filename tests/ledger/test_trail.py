@@ -93,7 +93,8 @@ async def test_what_is_rolled_back_is_not_recorded(db: Database, users: None) ->
     assert (added.action, added.file_id, added.actor_kind, added.actor_id) == ("file.created", file.id, "system", None)
 
 
-UNRECORDED = {  # leases of reservations (when an upload link ends by itself, its record tells beforehand), and when keys were used
+# Leases of reservations (when an upload link ends by itself, its record tells beforehand), when keys were used, what is derived from files.
+UNRECORDED = {
     "note_api_keys_used",
     "unclaim_link",
     "claim_link",
@@ -101,6 +102,13 @@ UNRECORDED = {  # leases of reservations (when an upload link ends by itself, it
     "release_expired",
     "renew_reservations",
     "resize_reservation",
+    "finish_preview",
+    "begin_preview",
+    "uncount_preview_try",
+    "renew_preview",
+    "forget_preview",
+    "retry_failed_previews",
+    "rebuild_previews",
 }
 
 

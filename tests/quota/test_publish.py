@@ -150,7 +150,7 @@ async def test_an_erased_user_leaves_only_tombstones(db: Database, sql: Connecti
         for row in await sql.fetch("select relname::text from pg_class where relkind = 'r' and relnamespace = 'public'::regnamespace")
     ]
     filled = {name for name in left if await sql.fetchval(f"select exists (select from {name})")}
-    assert filled == {"audit_log", "schema_migrations", "tombstones", "volumes"}
+    assert filled == {"audit_log", "quota_rules", "schema_migrations", "tombstones", "volumes"}
 
 
 async def test_everything_at_once_drifts_by_nothing_and_shows_no_deadlock(db: Database, sql: Connection) -> None:

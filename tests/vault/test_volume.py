@@ -20,20 +20,6 @@ BODY = [b"first " * 1000, b"second"]
 WHOLE = b"".join(BODY)
 
 
-@pytest.fixture
-def mount(tmp_path: Path) -> Path:
-    (tmp_path / "volume").mkdir()
-    return tmp_path / "volume"
-
-
-@pytest.fixture
-def volume(mount: Path) -> Volume:
-    volume = Volume(init_volume(mount), mount, reserve_bytes=0)
-    volume.probe()
-    assert volume.state == "open"
-    return volume
-
-
 def store(volume: Volume, file_id: UUID, expected: dict[str, bytes] | None = None) -> str:
     path = stored_path("ada", "image", file_id, 1, "png")
     file = IncomingFile(volume, file_id, expected or {})

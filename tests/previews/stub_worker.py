@@ -1,0 +1,67 @@
+"""A worker whose decoder is a stub: it copies the file's first bytes. `python -m tests.previews.stub_worker [seconds each takes]`."""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+from server import logs
+from server.previews.making import Made, MadeFile, Unmakeable, Wishes
+from server.previews.variants import MIME_TYPES, Variant
+from server.settings import Settings
+from server.worker import work
+
+HEARTBEAT_SECONDS = 2.0
+"""So that a killed worker's jobs are taken over within the tests' patience."""
+
+
+async def make(source: Path, mime_type: str, output: Path, wishes: Wishes) -> Made:
+    """A preview of the file's own first bytes. What a file holds decides what goes wrong with it."""
+    head = source.read_bytes()[:1000]
+    if b"deadly" in head:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if b"never" in head:
+        raise Unmakeable("damaged")
+    if b"unknown" in head:
+        raise Unmakeable("unsupported")
+    if b"broken" in head:
+        raise RuntimeError("the stub was told to fail")
+    if len(sys.argv) > 1:
+        await asyncio.sleep(float(sys.argv[1]))
+    for width in wishes.image_widths[:2]:
+        (output / f"{width}.webp").write_bytes(head)
+    return Made(
+        files=[
+            MadeFile(variant=str(width), name=f"{width}.webp", mime_type="image/webp", width=width, height=2)
+            for width in wishes.image_widths[:2]
+        ],
+        width=1920,
+        height=1080,
+        duration_seconds=150.2 if mime_type.startswith("video/") else None,
+        thumbhash=b"hash",
+        average_color="#102030",
+    )
+
+
+async def make_variant(source: Path, mime_type: str, output: Path, variant: Variant) -> MadeFile:
+    """A picture that says what was asked for. Its log says how often."""
+    head = source.read_bytes()[:1000]
+    if b"no survivors" in head:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if b"no picture" in head:
+        raise Unmakeable("damaged")
+    if len(sys.argv) > 1:
+        await asyncio.sleep(float(sys.argv[1]))
+    logging.getLogger("stub").info("made %s", variant.name)
+    (output / variant.name).write_bytes(f"{mime_type} {variant.name} ".encode() + head[-100:])
+    return MadeFile(
+        variant=variant.name, name=variant.name, mime_type=MIME_TYPES[variant.format], width=variant.width, height=variant.height
+    )
+
+
+if __name__ == "__main__":
+    settings = Settings.load()
+    logs.configure(settings.log_level)
+    asyncio.run(work(settings, make, make_variant, heartbeat_seconds=HEARTBEAT_SECONDS))
