@@ -6,6 +6,7 @@ from typing import NamedTuple
 from tests.attack import (
     active_content,
     api_keys,
+    bombs,
     dispositions,
     dressed,
     floods,
@@ -14,9 +15,11 @@ from tests.attack import (
     generated,
     internal_headers,
     names,
+    playlists,
     ranges,
     secrets_in_logs,
     strangers,
+    undecoded,
     viruses,
 )
 from tests.attack.target import Tally, Target, errors_in
@@ -32,6 +35,9 @@ class Case(NamedTuple):
 
 CASES = [
     Case(1, "bytes in disguise", dressed.attack),
+    Case(1, "undecoded bytes", undecoded.attack),
+    Case(2, "playlists as films", playlists.attack),
+    Case(3, "bombs", bombs.attack),
     Case(4, "another user's ids", strangers.attack),
     Case(5, "forged links", forged_links.attack),
     Case(6, "names and user ids", names.attack),

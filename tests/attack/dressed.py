@@ -21,7 +21,7 @@ REFUSED = {"unsupported_type", "type_mismatch", "kind_required"}
 def attack(target: Target, tally: Tally) -> str:
     client = target.user("dresser")
     refused = stored = 0
-    samples = dict(target.some(_never_stored().items(), 25)) | dict(target.some(_stored_as_they_are().items(), 6))
+    samples = dict(target.some(never_stored().items(), 25)) | dict(target.some(_stored_as_they_are().items(), 6))
     for what, (body, truth) in samples.items():
         for how, answer in _ways_in(target, client, body):
             if answer.is_success:
@@ -65,7 +65,7 @@ def _check_stored(tally: Tally, client: httpx.Client, what: str, file: dict[str,
     tally.check(answer.content == body, f"{what}: other bytes came back")
 
 
-def _never_stored() -> dict[str, tuple[bytes, str | None]]:
+def never_stored() -> dict[str, tuple[bytes, str | None]]:
     """What no kind accepts, whatever it is called."""
     elf = b"\x7fELF\x02\x01\x01" + bytes(9) + struct.pack("<HHI", 2, 62, 1) + bytes(40)
     bodies = {

@@ -41,7 +41,8 @@ NOT_TEXT = [b"\xff", b"\xc3", b"\xed\xa0\x80", b"\xc0\xae\xc0\xae\xc0\xaf", b"\x
 
 _PATHS = re.compile(
     r"\.coffer-volume|incoming|quarantine|users|users/(?:[A-Za-z0-9][A-Za-z0-9_-]{0,127}|~[0-9a-f]{64})"
-    r"(?:/(?:videos|images|scenes|projects|audio)(?:/[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\.[0-9]+\.[a-z0-9]{1,10})?)?"
+    r"(?:/(?:videos|images|scenes|projects|audio)(?:/[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\.[0-9]+\.[a-z0-9]{1,10})?"
+    r"|/previews(?:/[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}(?:/[a-z0-9][a-z0-9_-]{0,31}\.[a-z0-9]{1,10})?)?)?"
 )
 
 

@@ -12,17 +12,26 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from tests.bench import downloads, huge, large, links, lists, memory, small
+from tests.bench import downloads, huge, large, links, lists, memory, previews, small
 from tests.bench.harness import Stage, elapsed, say
 from tests.bench.processes import BenchError
 
-SECTIONS = {"large": large, "small": small, "memory": memory, "huge": huge, "downloads": downloads, "lists": lists, "links": links}
+SECTIONS = {
+    "large": large,
+    "small": small,
+    "memory": memory,
+    "huge": huge,
+    "downloads": downloads,
+    "lists": lists,
+    "links": links,
+    "previews": previews,
+}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tests.bench",
-        description="Prints speed and memory beside their targets. All sections together take about eight minutes.",
+        description="Prints speed and memory beside their targets. All sections together take about ten minutes.",
         epilog="sections: " + "; ".join((module.__doc__ or "").splitlines()[0] for module in SECTIONS.values()),
     )
     parser.add_argument("sections", nargs="*", metavar="section", help=f"any of {', '.join(SECTIONS)}; all when left out")

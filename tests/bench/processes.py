@@ -72,7 +72,7 @@ def family(pid: int) -> list[int]:
     """A process and all its descendants."""
     members = [pid]
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        with suppress(FileNotFoundError):  # that thread ended while we looked
+        with suppress(FileNotFoundError, ProcessLookupError):  # that thread ended while we looked
             members += [member for child in task.read_text().split() for member in family(int(child))]
     return members
 
@@ -83,7 +83,7 @@ def cpu_seconds(pid: int) -> float:
     for member in family(pid):
         try:
             fields = Path(f"/proc/{member}/stat").read_text().rpartition(")")[2].split()
-        except FileNotFoundError:
+        except (FileNotFoundError, ProcessLookupError):
             continue  # it ended while we looked
         ticks += sum(int(field) for field in fields[11:15])
     return ticks / _TICKS_PER_SECOND
@@ -91,4 +91,8 @@ def cpu_seconds(pid: int) -> float:
 
 def resident_bytes(pid: int) -> int:
     """Memory of a process and its descendants that is in RAM now; shared pages count once per process."""
-    return sum(int(Path(f"/proc/{member}/statm").read_text().split()[1]) for member in family(pid)) * _PAGE_BYTES
+    pages = 0
+    for member in family(pid):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it ended while we looked
+            pages += int(Path(f"/proc/{member}/statm").read_text().split()[1])
+    return pages * _PAGE_BYTES

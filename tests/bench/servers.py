@@ -44,6 +44,7 @@ class Server:
 class Coffer(Server):
     api_key: str
     database_url: str
+    worker_pid: int
 
     def upload(self, user: str, mime_type: str) -> Request:
         """A raw body."""
@@ -85,11 +86,11 @@ class Peer(Server):
 
 
 @contextmanager
-def coffer(scratch: Path) -> Iterator[Coffer]:
-    """Everything that `make run` starts, on a free port, with room for the largest body measured here."""
-    data, log = scratch / "coffer", scratch / "coffer.log"
+def coffer(scratch: Path, name: str = "coffer", **settings: str) -> Iterator[Coffer]:
+    """Everything that `make run` starts, on a free port, with room for the largest body measured here. `settings` by their variables."""
+    data, log = scratch / name, scratch / f"{name}.log"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("COFFER_", "DATABASE_URL", "PG"))}
-    environment |= {"COFFER_DEFAULT_QUOTA_BYTES": "unlimited", "COFFER_MAX_FILE_BYTES": str(16 * GIB)}
+    environment |= {"COFFER_DEFAULT_QUOTA_BYTES": "unlimited", "COFFER_MAX_FILE_BYTES": str(16 * GIB)} | settings
     with running([sys.executable, "-m", "ops.run", "start", "--data", data, "--port", "0"], log, environment) as process:
         deadline = time.monotonic() + START_SECONDS
         while not (data / "run.json").exists():
@@ -99,7 +100,8 @@ def coffer(scratch: Path) -> Iterator[Coffer]:
             time.sleep(0.05)
         run = json.loads((data / "run.json").read_text())
         port = int(run["url"].rpartition(":")[2])
-        yield Coffer(port, run["pids"]["server"], Path(run["volume"]), api_key=run["api_key"], database_url=run["database_url"])
+        pids = run["pids"]
+        yield Coffer(port, pids["server"], Path(run["volume"]), run["api_key"], run["database_url"], pids["worker"])
 
 
 @contextmanager
