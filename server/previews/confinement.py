@@ -1,4 +1,4 @@
-"""What a process gives up before it touches an untrusted byte. Linux only; the standard library and the C library alone.
+"""What a process gives up before it touches an untrusted byte. Linux only, by the C library alone.
 
 `confine` works from inside: it takes away the calling process's rights for good, and its children's. Four layers, each of which holds
 without the others, and of which a system may refuse some (`confine` says which):
@@ -7,46 +7,34 @@ without the others, and of which a system may refuse some (`confine` says which)
 - system calls: a seccomp filter that knows no sockets, no new processes, no signals, no tracing, no mounts (seccomp(2));
 - files: Landlock rules, so that nothing can be opened but what is named (landlock(7), Linux 5.13);
 - namespaces: a user, network and IPC namespace of its own (unshare(2); containers and some distributions refuse it).
-
-`main` confines its process and becomes a command. It is called by a Python that has loaded nothing else, not even Coffer's packages, so
-that a command starts soon.
 """
 
+import contextlib
 import ctypes
-import fcntl
-import marshal
 import os
 import resource
 import struct
-import sys
 from collections.abc import Iterable
+from pathlib import Path
 
-INPUT_FD = 3
+import msgspec
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS, _SIGKILL = 1, 22, 38, 9
 
 
-class Limits:
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """What one decoding may use. Past its memory an allocation fails; past the others the kernel kills it.
 
     `memory_bytes` is address space, programs and libraries included (about 300 MiB of it for libvips, of which little is resident).
-    No dataclass: each command that is confined imports this module, and the library for those takes longer than all the rest.
     """
 
-    __slots__ = ("cpu_seconds", "file_bytes", "memory_bytes", "open_files", "threads")
-
-    def __init__(self, *, memory_bytes: int, cpu_seconds: int, file_bytes: int, open_files: int = 64, threads: int = 64) -> None:
-        self.memory_bytes = memory_bytes
-        self.cpu_seconds = cpu_seconds
-        self.file_bytes = file_bytes
-        self.open_files = open_files
-        self.threads = threads
-
-    def as_dict(self) -> dict[str, int]:
-        """By the names of the arguments."""
-        return {name: getattr(self, name) for name in self.__slots__}
+    memory_bytes: int
+    cpu_seconds: int
+    file_bytes: int
+    open_files: int = 64
+    threads: int = 64
 
 
 def confine(*, readable: Iterable[str] = (), executable: Iterable[str] = (), writable: Iterable[str] = ()) -> list[str]:
@@ -78,6 +66,17 @@ def limit(limits: Limits, *, with_threads: bool) -> None:
     ):
         # A second between the signal that says why (SIGXCPU) and the one that cannot be caught.
         resource.setrlimit(what, (most, most + 1 if what == resource.RLIMIT_CPU else most))
+
+
+def yield_processor(niceness: int) -> None:
+    """Lets others go first, by `niceness` (0 to 19) more than before; for a process that leads a session of its own.
+
+    By sessions is how the kernel shares the processor out where no cgroup says otherwise, and a process' own niceness counts only among
+    those of the same (sched(7), "autogroup"; its niceness is set apart).
+    """
+    niceness = os.nice(niceness)
+    with contextlib.suppress(OSError):  # there are none where the kernel was built or started without
+        Path("/proc/self/autogroup").write_text(str(niceness))
 
 
 def end_with_parent(parent: int | None = None) -> None:
@@ -225,23 +224,3 @@ def filter_calls(program: bytes | None) -> bool:
     # struct sock_fprog: unsigned short, padding, pointer
     header = struct.pack("H6xQ", len(program) // 8, ctypes.addressof(instructions))
     return bool(_libc.prctl(_PR_SET_SECCOMP, 2, header, 0, 0) == 0)
-
-
-def main() -> None:
-    """Becomes the command in `argv[2:]`, confined as the dictionary in `argv[1]` (marshal, in hexadecimal) says, with the descriptor
-    `source` as its `INPUT_FD`.
-
-    What could not be had is written as a list to the descriptor `report`, which is closed before the command starts.
-    """
-    asked = marshal.loads(bytes.fromhex(sys.argv[1]))  # noqa: S302 - json takes longer to import than all else, and it is our own
-    end_with_parent(asked["parent"])
-    os.nice(asked["nice"])
-    report = fcntl.fcntl(asked["report"], fcntl.F_DUPFD_CLOEXEC, 10)
-    os.dup2(asked["source"], INPUT_FD, inheritable=True)
-    os.closerange(INPUT_FD + 1, report)
-    missing = confine(readable=asked["readable"], executable=asked["executable"], writable=asked["writable"])
-    if not filter_calls(filter_program(may_execute=True)):
-        missing.append("system calls")
-    os.write(report, marshal.dumps(missing))
-    limit(Limits(**asked["limits"]), with_threads="namespaces" not in missing)
-    os.execv(sys.argv[2], sys.argv[2:])  # noqa: S606 - no shell is what is wanted

@@ -15,7 +15,8 @@ import imageio_ffmpeg
 import msgspec
 
 from server.previews import jail
-from server.previews.confinement import INPUT_FD, Limits
+from server.previews.commands import INPUT_FD
+from server.previews.confinement import Limits
 from server.previews.jail import DECODER_LIMITS, Finished
 from server.previews.models import Unmakeable
 

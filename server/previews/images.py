@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
-from server.previews.confinement import Limits, confine, end_with_parent, filter_calls, filter_program, limit
+from server.previews.confinement import Limits, confine, end_with_parent, filter_calls, filter_program, limit, yield_processor
 from server.previews.models import Made, Reason, Wishes
 from server.previews.variants import Variant
 
@@ -32,6 +32,9 @@ LOADERS: Mapping[str, tuple[str, int]] = {
 """The one loader that each type is given, and the most pixels it may have. In bytes: progressive JPEG keeps 3 a pixel (two for each
 coefficient, colour at a quarter of the resolution), interlaced PNG of 16 bits with alpha 8, AVIF of 10 bits 3 and then 6 as RGB, GIF two
 canvases of 4. All stay below 900 MB; phones take up to 200 megapixels."""
+
+FRAME = "image/x-portable-pixmap"
+"""Of a film's frame (ppm(5), 8 bits), which only ffmpeg hands over: it needs no loader. As PNG it would take longer than all the rest."""
 
 MOST_FRAMES = 5_000
 """Of a moving image. All are counted before any is decoded."""
@@ -72,7 +75,7 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     control = socket.socket(fileno=int(sys.argv[1]))
-    os.nice(NICE)
+    yield_processor(NICE)
     end_with_parent()
     missing = confine()
     program = filter_program(may_execute=False)

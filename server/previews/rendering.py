@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pyvips
 
-from server.previews.images import LOADERS, MOST_FRAMES, Answer, Job
+from server.previews.images import FRAME, LOADERS, MOST_FRAMES, Answer, Job
 from server.previews.models import Made, MadeFile, Reason, Wishes
 from server.previews.scenes import SCENES, Refused, embedded
 from server.previews.thumbhash import average_of, thumbhash
@@ -34,6 +34,8 @@ _PICTURES = {
 }
 """What a scene may carry, by its first bytes."""
 
+_PIXMAP = re.compile(rb"P6\n(\d{1,5}) (\d{1,5})\n255\n")
+
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|unable to allocate|memory allocation|insufficient memory|unable to mmap|mmap failed", re.IGNORECASE
 )
@@ -49,7 +51,23 @@ def render(image_fd: int, job: Job) -> Answer:
         return _render_scene(image_fd, job)
     if os.fstat(image_fd).st_size > _MOST_BYTES:
         return Answer(reason="too_large")
+    if job.mime_type == FRAME:
+        return _render_frame(image_fd, job)
     return _render(pyvips.Source.new_from_descriptor(image_fd), job.mime_type, job)
+
+
+def _render_frame(frame_fd: int, job: Job) -> Answer:
+    """A film's frame as ffmpeg wrote it, from a jail where it saw untrusted bytes itself."""
+    with open(frame_fd, "rb", closefd=False) as file:
+        content = memoryview(file.read())
+    start = _PIXMAP.match(content)
+    if start is None:
+        return Answer(reason="damaged")
+    width, height = int(start[1]), int(start[2])
+    pixels = content[start.end() :]
+    if not pixels or len(pixels) != 3 * width * height:
+        return Answer(reason="damaged", detail=f"{width} x {height}")
+    return _drawn(None, pyvips.Image.new_from_memory(pixels, width, height, 3, "uchar").copy(interpretation="srgb"), job)
 
 
 def _render_scene(scene_fd: int, job: Job) -> Answer:
@@ -72,10 +90,14 @@ def _render(source: Any, mime_type: str, job: Job) -> Answer:
         header = pyvips.Image.new_from_source(source, "", access="sequential")
         if header.width * header.height > most_pixels or _field(header, "n-pages", 1) > MOST_FRAMES:
             return Answer(reason="too_large", detail=f"{header.width} x {header.height}")
-        drawing = _Drawing(source, header)
-        return drawing.variant(job.variant) if job.variant else drawing.previews(job.wishes or Wishes())
+        return _drawn(source, header, job)
     except pyvips.Error as error:
         return _refusal(f"{error.message} {error.detail}")
+
+
+def _drawn(source: Any, header: Any, job: Job) -> Answer:
+    drawing = _Drawing(source, header)
+    return drawing.variant(job.variant) if job.variant else drawing.previews(job.wishes or Wishes())
 
 
 def _refusal(detail: str) -> Answer:
@@ -85,10 +107,10 @@ def _refusal(detail: str) -> Answer:
 
 
 class _Drawing:
-    """One image. Sizes are as it is seen: upright."""
+    """One image, of a source or, without one, in memory. Sizes are as it is seen: upright."""
 
     def __init__(self, source: Any, header: Any) -> None:
-        self._is_jpeg = header.get("vips-loader").startswith("jpegload")
+        self._is_jpeg = source is not None and header.get("vips-loader").startswith("jpegload")
         self._source = source
         self._header = header
         self._width, self._height = header.width, header.height
@@ -96,22 +118,23 @@ class _Drawing:
             self._width, self._height = self._height, self._width
 
     def previews(self, wishes: Wishes) -> Answer:
-        files, contents = [], []
+        files: list[MadeFile] = []
+        contents: list[bytes] = []
         boxes = [_box(width) for width in sorted(set(wishes.image_widths))]
         # Past the first that holds the whole original, larger ones would be copies of it.
         enough = next((number for number, (w, h) in enumerate(boxes, 1) if w >= self._width and h >= self._height), len(boxes))
-        # The largest is decoded, at reduced size where the format can, and the others are made from it.
-        largest = self._still(*boxes[enough - 1])
-        for box in boxes[:enough]:
-            image = largest if box == boxes[enough - 1] else _reduced(largest, *box)
-            files.append(_file(str(box[0]), f"{box[0]}.webp", image.width, image.height))
-            contents.append(_webp(image, wishes.quality))
+        # The largest is decoded, at reduced size where the format can, and each of the others is made from the one before.
+        image = None
+        for box in reversed(boxes[:enough]):
+            image = _reduced(image, *box).copy_memory() if image else self._still(*box)
+            files.insert(0, _file(str(box[0]), f"{box[0]}.webp", image.width, image.height))
+            contents.insert(0, _webp(image, wishes.quality))
+        small = _reduced(image, _THUMB, _THUMB)
         if wishes.animated and (frames := self._frames()) > 1:
             image = self._thumbnail(*_box(_ANIMATED_WIDTH), f"n={frames}")
             page_height = _field(image, "page-height", image.height)
             files.append(_file("animated", "animated.webp", image.width, page_height))
             contents.append(_webp(image, wishes.quality, page_height=page_height))
-        small = _reduced(largest, _THUMB, _THUMB)
         pixels = bytes((small if small.hasalpha() else small.bandjoin(255)).write_to_memory())
         average = average_of(pixels)
         return Answer(
@@ -146,7 +169,7 @@ class _Drawing:
     def _still(self, width: int, height: int, **options: Any) -> Any:
         """In memory, as large as fits in the box. Of an image that breaks off, what there is, as browsers show it; but not nothing."""
         image = self._thumbnail(width, height, **options).copy_memory()
-        if image.deviate() < _EVEN:
+        if self._source is not None and image.deviate() < _EVEN:
             # One colour: that of the image, or where only its header came, of what stands for the rest.
             self._thumbnail(width, height, "fail_on=truncated", **options).copy_memory()
         return image
@@ -156,6 +179,8 @@ class _Drawing:
 
         libvips itself would have JPEG decoded at twice the size or more: for a photo of 12 megapixels twice the work, and no sharper.
         """
+        if self._source is None:
+            return _srgb(self._header.thumbnail_image(width, height=height, size="down", **options))
         if self._header.get_typeof("icc-profile-data") or self._header.interpretation == "cmyk":
             # Only where there is something to convert: from sRGB to sRGB it would take 100 ms a megapixel.
             options |= {"output_profile": "srgb", "intent": "perceptual"}

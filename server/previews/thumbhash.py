@@ -30,15 +30,15 @@ def average_of(pixels: Sequence[int]) -> tuple[float, float, float] | None:
 def thumbhash(width: int, height: int, pixels: Sequence[int]) -> bytes:
     """The hash of RGBA bytes, row by row. Meant for at most 100 by 100 pixels; 32 lose nothing that it could keep."""
     average = average_of(pixels) or (0.0, 0.0, 0.0)
-    lightness, yellowness, redness, opacity = [], [], [], []
-    for at in range(0, 4 * width * height, 4):
-        alpha = pixels[at + 3] / 255
-        # Transparent parts take the average colour: they cost no detail then.
-        red, green, blue = (average[band] * (1 - alpha) + pixels[at + band] / 255 * alpha for band in range(3))
-        lightness.append((red + green + blue) / 3)
-        yellowness.append((red + green) / 2 - blue)
-        redness.append(red - green)
-        opacity.append(alpha)
+    opacity = [alpha / 255 for alpha in pixels[3::4]]
+    # Transparent parts take the average colour: they cost no detail then.
+    red, green, blue = (
+        [average[band] * (1 - alpha) + value / 255 * alpha for value, alpha in zip(pixels[band::4], opacity, strict=True)]
+        for band in range(3)
+    )
+    lightness = [(r + g + b) / 3 for r, g, b in zip(red, green, blue, strict=True)]
+    yellowness = [(r + g) / 2 - b for r, g, b in zip(red, green, blue, strict=True)]
+    redness = [r - g for r, g in zip(red, green, strict=True)]
     has_alpha = sum(pixels[3::4]) < 255 * width * height
     most, longer = (5 if has_alpha else 7), max(width, height)
     across, down = max(1, _rounded(most * width / longer)), max(1, _rounded(most * height / longer))

@@ -11,9 +11,9 @@ import ffmpeg
 import msgspec
 
 from server.previews import audio, decoders
-from server.previews.confinement import Limits
 from server.previews.ffmpeg import VIDEO_CODECS, Report, Stream, measured_seconds, opened, run
-from server.previews.jail import DECODER_LIMITS, Finished
+from server.previews.images import FRAME
+from server.previews.jail import DECODER_LIMITS, MIB, Finished
 from server.previews.models import Made, MadeFile, Unmakeable, Wishes
 from server.previews.storyboard import add_storyboard
 
@@ -22,7 +22,8 @@ _TALLEST = 4  # times the width that is asked for; beyond, a poster is narrower 
 _GLANCE_WIDTH, _GLANCE_HEIGHT = 48, 27
 _GLANCE_BYTES = _GLANCE_WIDTH * _GLANCE_HEIGHT
 _MOST_GLANCES = 12
-_GLANCE_LIMITS = Limits(**DECODER_LIMITS.as_dict() | {"cpu_seconds": 30})
+_GLANCE_LIMITS = msgspec.structs.replace(DECODER_LIMITS, cpu_seconds=30)
+_POSTER_LIMITS = msgspec.structs.replace(DECODER_LIMITS, file_bytes=112 * MIB)  # 8K, which is `MOST_PIXELS`, at three bytes a pixel
 _BLACK, _UNIFORM_RANGE = 32, 10  # of 255
 
 # Otherwise ffmpeg would drop what seeking found before the time that was asked for, and decode on.
@@ -73,7 +74,7 @@ async def make(source: Path, mime_type: str, output: Path, wishes: Wishes) -> Ma
         spot = first if not is_dull(glance[0]) else await _brighter(source, mime_type, scratch, report.duration_seconds) or first
         if report.is_hdr or spot != first:
             await _shoot(source, mime_type, scratch, spot, width_px, is_hdr=report.is_hdr)
-        made = await decoders.shared().make(scratch / "poster.png", "image/png", output, msgspec.structs.replace(wishes, animated=False))
+        made = await decoders.shared().make(scratch / "poster.ppm", FRAME, output, msgspec.structs.replace(wishes, animated=False))
         files = list(made.files)
         tone_map = f"{_TONE_MAP}," if report.is_hdr else ""
         if wishes.storyboard and report.duration_seconds is not None:
@@ -94,7 +95,7 @@ async def make(source: Path, mime_type: str, output: Path, wishes: Wishes) -> Ma
 
 
 async def _shoot(source: Path, mime_type: str, scratch: Path, spot: Spot, width_px: int, *, is_hdr: bool = False) -> Finished:
-    """Writes the frame to `poster.png`, small and grey to `glances`, and its description to the standard output.
+    """Writes the frame to `poster.ppm`, small and grey to `glances`, and its description to the standard output.
 
     No frame, no files; that is for the caller to see.
     """
@@ -104,11 +105,11 @@ async def _shoot(source: Path, mime_type: str, scratch: Path, spot: Spot, width_
     square = f"scale=w='clip(iw*sar,1,{width_px})':h='clip(ow/dar,1,{_TALLEST * width_px})',setsar=1"
     film, one = spot.input(mime_type)["V:0"], {"vframes": 1, **_AS_DECODED}
     outputs = ffmpeg.merge_outputs(
-        film.output("poster.png", vf=f"{pick}{square}{tone_map},format=rgb24", update=1, pred="none", compression_level=1, **one),
+        film.output("poster.ppm", vf=f"{pick}{square}{tone_map},format=rgb24", update=1, **one),
         film.output("glances", vf=pick + _GLANCE, f="rawvideo", **one),
         film.output("pipe:1", vf=pick[:-1], f="framecrc", vcodec="wrapped_avframe", **one),
     )
-    return await run(outputs, source, scratch)
+    return await run(outputs, source, scratch, limits=_POSTER_LIMITS)
 
 
 _GLANCE = f"scale={_GLANCE_WIDTH}:{_GLANCE_HEIGHT}:flags=area,format=gray"

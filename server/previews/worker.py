@@ -7,7 +7,7 @@ import itertools
 import logging
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from uuid import UUID
 from weakref import WeakValueDictionary
@@ -45,7 +45,9 @@ class PreviewWorker:
         self._vault = vault
         self._make = make
         self._wishes = wishes
-        self._turns = Turns(at_once)
+        # One more than are decoded at once: what the rows and the disk take of a preview's time is the next one's to be decoded in.
+        self._turns = Turns(at_once + 1)
+        self._decoding = Turns(at_once)
         self._room = Room()
         self._counted: dict[UUID, File] = {}  # whose try has been counted and goes on
         self._begun: dict[UUID, float] = {}  # when, by the loop's clock
@@ -78,13 +80,14 @@ class PreviewWorker:
     async def _handle_previews(self, file_id: UUID, put_off: int, place: tuple[int, int]) -> None:
         async with self._turns.taken(place) as may_go_on:
             while may_go_on and (file := await self._look_up(file_id, put_off)) and file.preview_state == "pending":
-                if await self._try(file, put_off):
+                if await self._try(file, put_off, place):
                     return
                 # Its bytes were replaced meanwhile, or it is gone: look again.
 
     def stop(self) -> None:
         """Lets go of the jobs that have not begun."""
         self._turns.close()
+        self._decoding.close()
 
     async def forgive(self) -> None:
         """Takes back the tries that go on. Call it after `stop`: whoever stops a worker may lose patience with it and kill it, and what it
@@ -101,7 +104,7 @@ class PreviewWorker:
         except CofferError as problem:
             raise _later(put_off, problem) from problem
 
-    async def _try(self, file: File, put_off: int) -> bool:
+    async def _try(self, file: File, put_off: int, place: tuple[int, int]) -> bool:
         """False when the row has changed meanwhile.
 
         A try is counted before the decoder sees the bytes. So a file that takes the whole worker along with it, which then tells nobody,
@@ -112,7 +115,9 @@ class PreviewWorker:
         try:
             volume = self._vault.volume(file.volume_id)
             volume.check_writable(0)
-            async with self._room.entered(alone=file.preview_tries > 0):
+            async with self._room.entered(alone=file.preview_tries > 0), AsyncExitStack() as decoding:
+                if not await decoding.enter_async_context(self._decoding.taken(place)):
+                    return True
                 tries = await ledger.begin_preview(self._db, file)
                 if tries is None:
                     return False
@@ -125,7 +130,7 @@ class PreviewWorker:
                     source = await self._vault.run(volume.stored_file, file.file_path)
                 except FileNotFoundError:
                     return await self._is_as_read(file) and await self._give_up(file, volume, directory, "failed", "bytes_missing")
-                return await self._preview(file, volume, source, directory)
+                return await self._preview(file, volume, source, directory, decoding)
         except Exception as problem:
             if isinstance(problem, CofferError) or (isinstance(problem, OSError) and problem.errno in _MACHINE_ERRORS):
                 if isinstance(problem, OSError):
@@ -142,11 +147,12 @@ class PreviewWorker:
             self._counted.pop(file.id, None)
             self._begun.pop(file.id, None)
 
-    async def _preview(self, file: File, volume: Volume, source: Path, directory: str) -> bool:
-        """Makes it, stores it, says so. False when the row has changed meanwhile."""
+    async def _preview(self, file: File, volume: Volume, source: Path, directory: str, decoding: AsyncExitStack) -> bool:
+        """Makes it, lets the next one be decoded, stores it, says so. False when the row has changed meanwhile."""
         with tempfile.TemporaryDirectory(prefix="coffer-preview-") as output:
             try:
                 made = await self._make(source, file.mime_type, Path(output), self._wishes)
+                await decoding.aclose()
             except Unmakeable as problem:
                 state: ledger.PreviewState = "unsupported" if problem.reason == "unsupported" else "failed"
                 return await self._give_up(file, volume, directory, state, problem.reason)

@@ -1,7 +1,6 @@
 """A decoder that was taken over by its image: what it tries, from where a decoder runs, and what becomes of it."""
 
 import asyncio
-import marshal
 import os
 import platform
 import signal
@@ -13,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from server.previews import jail
 from server.previews.confinement import _REFUSED, filter_program
-from server.previews.decoders import Broken, Decoder, Decoders
+from server.previews.decoders import COMMAND, Broken, Decoder, Decoders
 from server.previews.images import Answer, Job
-from server.previews.jail import CONFINED, DECODER_LIMITS
 from server.previews.making import Unmakeable, Wishes
 from tests.previews.captive import LIES
 from tests.previews.pictures import photo
@@ -303,19 +302,69 @@ asyncio.run(main())
     assert [line for line in run.stderr.splitlines() if "the preview sandbox runs without" not in line] == []
 
 
+def test_a_command_ends_with_its_starter(tmp_path: Path, own_children: Callable[[], list[int]]) -> None:
+    """However it is ended: by its time, by who waits for it, or by a signal to the starter. Nothing of it writes on."""
+    source = Path(__file__)
+    endless = ["/bin/sh", "-c", "while :; do echo more >> written; done"]
+
+    async def ended(how: str) -> None:
+        running = asyncio.create_task(jail.run(endless, source, tmp_path, wall_seconds=1.0 if how == "time" else 60.0))
+        while not (tmp_path / "written").exists():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        (starter,) = own_children()
+        (command,) = children_of(starter)
+        if how == "cancel":
+            running.cancel()
+        if how == "kill":
+            os.kill(starter, signal.SIGKILL)
+        with pytest.raises({"time": Unmakeable, "cancel": asyncio.CancelledError, "kill": RuntimeError}[how]):
+            await running
+        (tmp_path / "written").unlink()  # nobody would see a second one
+        assert not Path(f"/proc/{command}/exe").exists()  # it may still wait to be asked for its status
+
+    jail.close_starters()
+    for how in ("time", "cancel", "kill"):
+        asyncio.run(ended(how))
+        assert own_children() == []
+
+
+def test_a_starter_serves_again(tmp_path: Path, own_children: Callable[[], list[int]]) -> None:
+    """One after the other by the same; nothing of a command is left for the next. A stop that is meant for the worker does not end it."""
+    jail.close_starters()
+    show = ["/bin/sh", "-c", "read line <&3; echo $line $HOME; umask; umask 0; ulimit -n; ulimit -n 10; echo $$ > /proc/self/cwd/pid"]
+    found = []
+    for number in range(3):
+        source = tmp_path / str(number)
+        source.write_text(f"{number}\n")
+        found.append(asyncio.run(jail.run(show, source, tmp_path)).stdout)
+        (starter,) = own_children()
+        os.kill(starter, signal.SIGTERM)
+    assert found == [f"{number} /nonexistent\n0022\n64\n".encode() for number in range(3)]
+    jail.close_starters()
+    assert own_children() == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="this kernel does not share the processor out by sessions")
+def test_decoders_yield_the_processor(tmp_path: Path, own_children: Callable[[], list[int]]) -> None:
+    """Their sessions, too: a process' own niceness counts only among those of its session (sched(7))."""
+    jail.close_starters()
+    asyncio.run(jail.run(["/bin/true"], Path(__file__), tmp_path))
+    decoder = Decoder(COMMAND)
+    try:
+        for child in own_children():
+            niceness = os.getpriority(os.PRIO_PROCESS, child)
+            assert niceness >= 10
+            assert Path(f"/proc/{child}/autogroup").read_text().endswith(f" nice {niceness}\n")
+        assert len(own_children()) == 2
+    finally:
+        decoder.kill()
+        jail.close_starters()
+
+
 @pytest.mark.parametrize("parent_is_ours", [True, False])
-def test_a_command_whose_parent_has_gone_is_not_begun(tmp_path: Path, parent_is_ours: bool) -> None:
-    """The worker may die between the fork and the request to die with it; then the parent is another."""
-    asked = {
-        "limits": DECODER_LIMITS.as_dict(),
-        "nice": 0,
-        "parent": os.getpid() if parent_is_ours else 2**22 + 1,
-        "source": 0,
-        "report": 2,
-        "readable": [],
-        "executable": ["/bin", "/lib", "/lib64", "/usr"],
-        "writable": [],
-    }
-    command = [sys.executable, "-I", "-S", "-c", CONFINED, marshal.dumps(asked).hex(), "/bin/echo", "begun"]
-    ended = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, errors="replace", cwd=tmp_path, check=False)
+def test_a_child_whose_parent_has_gone_ends(parent_is_ours: bool) -> None:
+    """The parent may die between the fork and the request to die with it; then the parent is another."""
+    parent = os.getpid() if parent_is_ours else 2**22 + 1
+    program = f"from server.previews.confinement import end_with_parent; end_with_parent({parent}); print('begun')"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout) == ((0, "begun\n") if parent_is_ours else (1, ""))
