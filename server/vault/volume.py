@@ -459,17 +459,23 @@ def _unlink_if_there(name: str, directory: int) -> None:
 
 
 def _remove_tree(name: str, parent: int) -> None:
-    try:
-        fd = os.open(name, _DIRECTORY, dir_fd=parent)
-    except FileNotFoundError:
-        return
-    try:
-        with os.scandir(fd) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    _remove_tree(entry.name, fd)
-                else:
-                    _unlink_if_there(entry.name, fd)
-    finally:
-        os.close(fd)
-    os.rmdir(name, dir_fd=parent)
+    """Others may be removing the same, or a worker that does not know yet may be storing its last preview there."""
+    with suppress(FileNotFoundError):
+        while True:
+            fd = os.open(name, _DIRECTORY, dir_fd=parent)
+            try:
+                with os.scandir(fd) as entries:
+                    for entry in entries:
+                        if entry.is_dir(follow_symlinks=False):
+                            _remove_tree(entry.name, fd)
+                        else:
+                            _unlink_if_there(entry.name, fd)
+            finally:
+                os.close(fd)
+            try:
+                os.rmdir(name, dir_fd=parent)
+            except OSError as problem:
+                if problem.errno != errno.ENOTEMPTY:
+                    raise
+            else:
+                return

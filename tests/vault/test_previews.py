@@ -135,6 +135,29 @@ def test_a_symbolic_link_among_previews_goes_without_what_it_leads_to(volume: Vo
     assert not (mount / DIRECTORY).exists() and (kept / "file").read_bytes() == b"kept"
 
 
+@pytest.mark.parametrize("what", ["removes", "stores"])
+def test_removing_bears_what_others_do_meanwhile(
+    volume: Volume, mount: Path, made: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """A second eraser at the same previews, or a worker that stores its last ones there."""
+    make(made, NEW)
+    volume.store_previews(DIRECTORY, made, NAMES)
+    real, others = os.rmdir, [True]
+
+    def meanwhile(path: str, *, dir_fd: int) -> None:
+        if others and others.pop():
+            if what == "removes":
+                real(path, dir_fd=dir_fd)
+            else:
+                (mount / DIRECTORY / "late.webp").touch()
+        real(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "rmdir", meanwhile)
+    volume.remove_user("/".join(DIRECTORY.split("/")[1:2]))
+    assert not others
+    assert list((mount / "users").iterdir()) == []
+
+
 @pytest.mark.parametrize(("error", "expected"), [(errno.ENOSPC, VolumeFull), (errno.EDQUOT, VolumeFull), (errno.EROFS, VolumeReadOnly)])
 @pytest.mark.parametrize("call", ["sendfile", "rename"])
 def test_what_fails_half_way_leaves_whole_previews_and_no_rest(
