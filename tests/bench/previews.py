@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -305,13 +305,17 @@ def _p99(seconds: list[float]) -> float:
 def _standing_still(server: Coffer) -> Iterator[None]:
     """The worker and its decoders are stopped, and go on at the end: shorter than what would cost them their jobs."""
     stopped = family(server.worker_pid)
-    for pid in stopped:
-        os.kill(pid, signal.SIGSTOP)
+    _signal(stopped, signal.SIGSTOP)
     try:
         yield
     finally:
-        for pid in stopped:
-            os.kill(pid, signal.SIGCONT)
+        _signal(stopped, signal.SIGCONT)
+
+
+def _signal(pids: list[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):  # a decoder's child, which had ended
+            os.kill(pid, number)
 
 
 def _users(count: int) -> list[str]:
