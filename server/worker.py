@@ -13,6 +13,7 @@ from server.ledger.queue import run_jobs
 from server.previews.making import make, make_variant
 from server.previews.models import Wishes
 from server.previews.on_demand import MakeVariant, OnDemand
+from server.previews.scratch import remove_left_over
 from server.previews.worker import Make, PreviewWorker
 from server.settings import Settings
 from server.vault import Vault
@@ -82,6 +83,7 @@ async def work(settings: Settings, make: Make, make_variant: MakeVariant, *, hea
         await run_jobs(settings.database_url, worker.handle, stopping, heartbeat_seconds=heartbeat_seconds)
 
     async def purge() -> None:
+        await asyncio.to_thread(remove_left_over)
         await ledger.purge_job_log(db, _BATCH)
 
     try:

@@ -15,6 +15,7 @@ import asyncio
 import itertools
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,9 @@ from server.settings import Settings
 from server.vault.sentinel import init_volume
 
 pytest_plugins = ["tests.serving"]
+
+# A shell starts what runs in its background deaf to interrupts, and that is inherited, by servers that tests interrupt, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 RECOVERY = Path(__file__).parent / "recovery"
 FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "max_connections": "200"}

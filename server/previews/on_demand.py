@@ -1,7 +1,6 @@
 """Makes the variants that somebody waits for. A job names one; where it has been made already, there is nothing to do."""
 
 import logging
-import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from uuid import UUID
@@ -9,6 +8,7 @@ from uuid import UUID
 from server import ledger
 from server.ledger import Database, File, PreviewRow
 from server.previews.models import MadeFile, Unmakeable
+from server.previews.scratch import scratch_directory
 from server.previews.variants import Variant
 from server.vault import Vault
 from server.vault.layout import preview_path, previews_directory
@@ -48,7 +48,7 @@ class OnDemand:
         path, mime_type = await self._source(file)
         source = await self._vault.run(volume.stored_file, path)
         directory = previews_directory(file.file_path, file.id)
-        with tempfile.TemporaryDirectory(prefix="coffer-preview-") as output:
+        with scratch_directory() as output:
             made = await self._make(source, mime_type, Path(output), variant)
             (size,) = await self._vault.run(lambda: volume.store_previews(directory, Path(output), [made.name], keep_others=True))
         row = PreviewRow(

@@ -5,7 +5,6 @@ import errno
 import heapq
 import itertools
 import logging
-import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
@@ -19,6 +18,7 @@ from server.ledger.queue import Retry
 from server.previews.figures import Figures
 from server.previews.models import Made, Unmakeable, Wishes
 from server.previews.on_demand import OnDemand
+from server.previews.scratch import scratch_directory
 from server.vault import Vault, Volume
 from server.vault.layout import previews_directory
 
@@ -149,7 +149,7 @@ class PreviewWorker:
 
     async def _preview(self, file: File, volume: Volume, source: Path, directory: str, decoding: AsyncExitStack) -> bool:
         """Makes it, lets the next one be decoded, stores it, says so. False when the row has changed meanwhile."""
-        with tempfile.TemporaryDirectory(prefix="coffer-preview-") as output:
+        with scratch_directory() as output:
             try:
                 made = await self._make(source, file.mime_type, Path(output), self._wishes)
                 await decoding.aclose()

@@ -120,7 +120,7 @@ def test_every_file_ends_with_its_preview_however_often_the_worker_is_killed(ser
     with server.client("ada") as ada, server.client("bob") as bob:
         ids = {client: [upload(client, image(2_000, seed)) for seed in range(100)] for client in (ada, bob)}
     for _ in range(8):
-        worker = start_worker(0.01)
+        worker = start_worker(0.05)
         done = states(server).get("ready", 0)
         wanted = min(200, done + chance.randrange(1, 15))
         # Whoever is at work thrice when the worker is killed is not innocent: see test_faults.py.
