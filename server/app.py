@@ -16,10 +16,12 @@ from server.api.services import Services
 from server.api.streams import Streams
 from server.auth import Authenticator, TokenUsers, UserTokens
 from server.delivery import AwaitedPreviews, Delivery, Links
-from server.intake import Housekeeping, Intake, Scanner
-from server.ledger import Database, PreviewNotices
+from server.intake import Housekeeping, Intake, ResumableUploads, Scanner
+from server.ledger import Database, Notices
 from server.rates import Buckets
 from server.settings import SettingError, Settings, variable
+from server.tus.door import TusDoor
+from server.tus.protocol import PREFIX
 from server.vault import Vault
 
 # Above the 60 s for which nginx keeps an idle connection to us, so that it is never we who hang up on a request just sent.
@@ -45,7 +47,7 @@ def assemble(settings: Settings) -> Front:
     _check_link_keys(settings)
     db = Database(settings)
     vault = Vault(settings.volume_reserve_bytes)
-    notices, streams = PreviewNotices(settings), Streams()
+    notices, streams = Notices(settings), Streams()
     figures = metrics.Metrics()
     scanner = Scanner(settings, figures) if settings.clamd else None
     services = Services(
@@ -70,7 +72,8 @@ def assemble(settings: Settings) -> Front:
         scanner=scanner,
         metrics=figures,
     )
-    return Front(services, application.build(services), lambda: _running(services))
+    tus = TusDoor(services, ResumableUploads(services.intake, notices, streams.stopping))
+    return Front(services, application.build(services), lambda: _running(services), {PREFIX: tus})
 
 
 def _check_link_keys(settings: Settings) -> None:

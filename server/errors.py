@@ -262,6 +262,39 @@ class Damaged(CofferError):
 
 
 @dataclass(slots=True, eq=False)
+class UploadExpired(CofferError):
+    """A resumable upload that was not finished in time. Its bytes and its quota are gone."""
+
+    code = "upload_expired"
+    title = "This upload has expired."
+
+
+@dataclass(slots=True, eq=False)
+class UploadLocked(CofferError):
+    """Another request is writing to this resumable upload and did not let go, or has taken it over from this one."""
+
+    code = "upload_locked"
+    title = "Another request is writing to this upload."
+
+
+@dataclass(slots=True, eq=False)
+class OffsetMismatch(CofferError):
+    """The client would go on elsewhere than where the upload stopped."""
+
+    code = "offset_mismatch"
+    title = "The upload is not at this offset."
+    offset_bytes: int
+
+
+@dataclass(slots=True, eq=False)
+class ChecksumMismatch(CofferError):
+    """The piece of a resumable upload that came is not what the client sent; it was not kept."""
+
+    code = "checksum_mismatch"
+    title = "The bytes do not have the checksum that was sent."
+
+
+@dataclass(slots=True, eq=False)
 class IdempotencyInProgress(CofferError):
     """Another request with the same key is still uploading."""
 

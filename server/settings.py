@@ -82,6 +82,24 @@ class Settings:
         read=values.whole,
         at_least=5,
     )
+    tus_lifetime_seconds: int = setting(
+        86_400,
+        "How long an unfinished resumable upload is kept, with the quota that it holds, after its last byte.",
+        read=values.whole,
+        at_least=60,
+    )
+    tus_uploads_per_user: int | None = setting(
+        100, "Unfinished resumable uploads that one user may have; `unlimited` for any number.", read=values.optional_whole, at_least=1
+    )
+    tus_sync_bytes: int = setting(
+        64 * MIB,
+        "A resumable upload is synced and its offset recorded whenever so many bytes have come, and at the end of each request.",
+        read=values.whole,
+        at_least=1 * MIB,
+    )
+    tus_absolute_locations: bool = setting(
+        True, "Whether the address of a new resumable upload is a whole URL, or a path.", read=values.boolean
+    )
     idempotency_wait_seconds: int = setting(
         30, "How long a repeated request waits for the first one with its Idempotency-Key.", read=values.whole, at_least=0
     )

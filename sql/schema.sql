@@ -115,6 +115,32 @@ begin
 end
 $$;
 
+CREATE FUNCTION public.create_resumable_upload_v1(p_id uuid, p_user_id text, p_volume_id uuid, p_length_bytes bigint, p_reserved_bytes bigint, p_upload_metadata text, p_details jsonb, p_kinds text[], p_is_partial boolean, p_lifetime_seconds double precision, p_most integer) RETURNS timestamp with time zone
+    LANGUAGE plpgsql
+    SET search_path TO 'public', 'pg_temp'
+    AS $$
+-- Reserves quota for a resumable upload and remembers it; tells when it expires. `p_most` limits the user's unfinished ones; they do not
+-- count as uploads under way, which somebody is sending at this moment.
+-- A function, because the count must come after the insert's triggers, which lock the user's row: of two that would each be the last one,
+-- the second sees the first.
+declare
+    expires constant timestamptz := clock_timestamp() + make_interval(secs => p_lifetime_seconds);
+    unfinished bigint;
+begin
+    insert into uploads (id, user_id, volume_id, reserved_bytes, expires_at, is_resumable)
+    values (p_id, p_user_id, p_volume_id, p_reserved_bytes, expires, true);
+    insert into resumable_uploads (id, user_id, volume_id, incoming_name, length_bytes, upload_metadata, details, kinds, is_partial, expires_at)
+    values (p_id, p_user_id, p_volume_id, p_id, p_length_bytes, p_upload_metadata, p_details, p_kinds, p_is_partial, expires);
+    select count(*) into unfinished from uploads u
+     where u.user_id = p_user_id and u.is_resumable and u.expires_at > clock_timestamp();
+    if unfinished > p_most then
+        raise exception 'user % has % unfinished resumable uploads', p_user_id, unfinished - 1
+            using errcode = 'CF005', detail = p_most::text, hint = 'Finish or delete some of them.';
+    end if;
+    return expires;
+end
+$$;
+
 CREATE FUNCTION public.delete_files_v1(p_user_id text, p_ids uuid[]) RETURNS TABLE(file_id uuid, tombstone_id bigint, volume_id uuid, file_path text)
     LANGUAGE plpgsql
     SET search_path TO 'public', 'pg_temp'
@@ -206,6 +232,39 @@ begin
 end
 $$;
 
+CREATE FUNCTION public.join_resumable_uploads_v1(p_id uuid, p_user_id text, p_parts uuid[], p_upload_metadata text, p_details jsonb, p_kinds text[], p_lifetime_seconds double precision) RETURNS timestamp with time zone
+    LANGUAGE plpgsql
+    SET search_path TO 'public', 'pg_temp'
+    AS $$
+-- Makes one upload of whole partial ones and gives it their reservations, in one transaction: nothing is charged twice, and nobody else
+-- takes the quota in between. Null unless every part is there, whole, unjoined and held by nobody.
+-- Locks: the parts in the order of their ids, then what the quota triggers lock.
+declare
+    expires constant timestamptz := clock_timestamp() + make_interval(secs => p_lifetime_seconds);
+    whole bigint;
+    total bigint;
+    volume uuid;
+begin
+    with locked as materialized (
+        select r.id, r.length_bytes, r.volume_id from resumable_uploads r
+         where r.id = any (p_parts) and r.user_id = p_user_id and r.is_partial and r.joined_as is null
+           and r.offset_bytes = r.length_bytes and r.expires_at > clock_timestamp()
+           and (r.held_by is null or r.held_until < clock_timestamp())
+         order by r.id for update
+    )
+    select count(*), coalesce(sum(l.length_bytes), 0), (array_agg(l.volume_id order by l.id))[1] into whole, total, volume from locked l;
+    if whole = 0 or whole <> cardinality(p_parts) then
+        return null;
+    end if;
+    delete from uploads where id = any (p_parts);
+    insert into uploads (id, user_id, volume_id, reserved_bytes, expires_at, is_resumable) values (p_id, p_user_id, volume, total, expires, true);
+    insert into resumable_uploads (id, user_id, volume_id, incoming_name, length_bytes, upload_metadata, details, kinds, parts, expires_at)
+    values (p_id, p_user_id, volume, p_id, total, p_upload_metadata, p_details, p_kinds, p_parts, expires);
+    update resumable_uploads set joined_as = p_id, expires_at = expires where id = any (p_parts);
+    return expires;
+end
+$$;
+
 CREATE FUNCTION public.keep_audit_log_v1() RETURNS trigger
     LANGUAGE plpgsql
     SET search_path TO 'public', 'pg_temp'
@@ -250,7 +309,8 @@ CREATE FUNCTION public.limit_uploads_v1(p_user_id text, p_most_uploads integer, 
 --   for 10, 300 for 1,000.
 -- Why not Python: two servers would count the same rows and both find room.
 --
--- A reservation whose lease has run out is nobody's upload, even if housekeeping has not come round yet.
+-- A reservation whose lease has run out is nobody's upload, even if housekeeping has not come round yet. A resumable upload has a limit of
+-- its own (create_resumable_upload_v1): nobody may be sending it at this moment.
 declare
     found_uploads integer;
     found_links integer;
@@ -259,7 +319,8 @@ begin
         return;
     end if;
     perform from user_storage where user_id = p_user_id for no key update;
-    select count(*) filter (where u.link is null or u.claimed_until > clock_timestamp()), count(*) filter (where u.link is not null)
+    select count(*) filter (where (u.link is null or u.claimed_until > clock_timestamp()) and not u.is_resumable),
+           count(*) filter (where u.link is not null)
       into found_uploads, found_links
       from uploads u where u.user_id = p_user_id and u.expires_at > clock_timestamp();
     if found_uploads > p_most_uploads then
@@ -855,6 +916,30 @@ CREATE TABLE public.quota_rules (
     CONSTRAINT quota_rules_is_only_row_check CHECK (is_only_row)
 );
 
+CREATE TABLE public.resumable_uploads (
+    id uuid NOT NULL,
+    user_id character varying(255) NOT NULL,
+    volume_id uuid NOT NULL,
+    incoming_name uuid NOT NULL,
+    length_bytes bigint,
+    offset_bytes bigint DEFAULT 0 NOT NULL,
+    upload_metadata text NOT NULL,
+    details jsonb NOT NULL,
+    kinds text[],
+    is_partial boolean DEFAULT false NOT NULL,
+    parts uuid[],
+    joined_as uuid,
+    link jsonb,
+    held_by uuid,
+    held_until timestamp with time zone,
+    fence bigint DEFAULT 0 NOT NULL,
+    boot_id text,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    expires_at timestamp with time zone NOT NULL,
+    CONSTRAINT resumable_uploads_length_bytes_not_negative CHECK ((length_bytes >= 0)),
+    CONSTRAINT resumable_uploads_offset_bytes_within CHECK (((offset_bytes >= 0) AND (offset_bytes <= length_bytes)))
+);
+
 CREATE TABLE public.tombstones (
     id bigint NOT NULL,
     volume_id uuid NOT NULL,
@@ -883,6 +968,7 @@ CREATE TABLE public.uploads (
     created_at timestamp with time zone DEFAULT now() NOT NULL,
     link jsonb,
     claimed_until timestamp with time zone,
+    is_resumable boolean DEFAULT false NOT NULL,
     CONSTRAINT uploads_reserved_bytes_not_negative CHECK ((reserved_bytes >= 0))
 );
 
@@ -1057,6 +1143,9 @@ ALTER TABLE ONLY public.previews
 ALTER TABLE ONLY public.quota_rules
     ADD CONSTRAINT quota_rules_one_row PRIMARY KEY (is_only_row);
 
+ALTER TABLE ONLY public.resumable_uploads
+    ADD CONSTRAINT resumable_uploads_pkey PRIMARY KEY (id);
+
 ALTER TABLE ONLY public.tombstones
     ADD CONSTRAINT tombstones_pkey PRIMARY KEY (id);
 
@@ -1121,6 +1210,16 @@ CREATE UNIQUE INDEX pgqueuer_unique_dedupe_key ON public.pgqueuer USING btree (d
 CREATE INDEX pgqueuer_updated_id_id1_idx ON public.pgqueuer USING btree (updated, id DESC) INCLUDE (id) WHERE (status = 'picked'::public.pgqueuer_status);
 
 CREATE INDEX previews_on_demand ON public.previews USING btree (user_id, last_used_at) WHERE on_demand;
+
+CREATE INDEX resumable_uploads_expires ON public.resumable_uploads USING btree (expires_at);
+
+CREATE INDEX resumable_uploads_incoming ON public.resumable_uploads USING btree (incoming_name);
+
+CREATE INDEX resumable_uploads_joined ON public.resumable_uploads USING btree (joined_as) WHERE (joined_as IS NOT NULL);
+
+CREATE INDEX resumable_uploads_parts ON public.resumable_uploads USING btree ((parts[1])) WHERE (parts IS NOT NULL);
+
+CREATE INDEX resumable_uploads_user ON public.resumable_uploads USING btree (user_id);
 
 CREATE INDEX tombstones_by_file ON public.tombstones USING btree (file_id, generation);
 
@@ -1237,6 +1336,9 @@ CREATE TRIGGER search_deleted AFTER DELETE ON public.user_files REFERENCING OLD 
 CREATE TRIGGER search_inserted AFTER INSERT ON public.user_files REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.user_files_index_inserted_v1();
 
 CREATE TRIGGER search_updated AFTER UPDATE ON public.user_files REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.user_files_index_updated_v1();
+
+ALTER TABLE ONLY public.resumable_uploads
+    ADD CONSTRAINT resumable_uploads_user_fkey FOREIGN KEY (user_id) REFERENCES public.user_storage(user_id) ON DELETE CASCADE;
 
 ALTER TABLE ONLY public.uploads
     ADD CONSTRAINT uploads_owner FOREIGN KEY (user_id) REFERENCES public.user_storage(user_id) ON DELETE CASCADE;

@@ -15,11 +15,15 @@ _MAX_AGE_SECONDS = 7_200  # what Chromium keeps at most
 _METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE"
 _REQUEST_HEADERS = (
     "Authorization, Content-Type, X-User-Id, X-Request-Id, Idempotency-Key, Content-Digest, Repr-Digest, Content-MD5, "
-    "Range, If-Range, If-Match, If-None-Match, If-Modified-Since, If-Unmodified-Since"
+    "Range, If-Range, If-Match, If-None-Match, If-Modified-Since, If-Unmodified-Since, "
+    "Tus-Resumable, Upload-Length, Upload-Defer-Length, Upload-Offset, Upload-Metadata, Upload-Checksum, Upload-Concat, Upload-Link, "
+    "X-HTTP-Method-Override, X-Requested-With"
 )
 _ANSWER_HEADERS = (
     "ETag, Location, Content-Length, Content-Range, Accept-Ranges, Content-Disposition, Repr-Digest, Idempotency-Replayed, "
-    "X-Request-Id, RateLimit, RateLimit-Policy, Retry-After, WWW-Authenticate"
+    "X-Request-Id, RateLimit, RateLimit-Policy, Retry-After, WWW-Authenticate, "
+    "Tus-Resumable, Tus-Version, Tus-Extension, Tus-Max-Size, Tus-Checksum-Algorithm, Upload-Length, Upload-Defer-Length, Upload-Offset, "
+    "Upload-Metadata, Upload-Expires, Upload-Concat, Coffer-File-Id"
 )
 _VARY = (b"vary", b"Origin")
 

@@ -9,10 +9,10 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import quote
 from uuid import UUID
 
@@ -40,6 +40,9 @@ ASGIApp = Callable[[ASGIScope, Receive, Send], Awaitable[None]]
 
 CLIENT_GONE = 499  # only in logs and metrics: nobody was there to be told
 
+ANSWER_HEADERS = "answer_headers"
+"""Under this name a request's state holds headers for its answer, whatever that is; set by a door."""
+
 _FILES = "/api/files/"
 _USERS = "/api/users/"
 _USABLE_REQUEST_ID = re.compile(rb"(?!cof_)[A-Za-z0-9._-]{1,64}")  # an API key in the wrong header must not be told to everybody
@@ -48,11 +51,30 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 log = logging.getLogger("coffer.api")
 
 
+class Door(Protocol):
+    """A protocol of its own below one path. What it raises is answered as everywhere."""
+
+    def template(self, path: str) -> str:
+        """The route of a path, for logs and metrics."""
+
+    async def answer(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
+        """Answers a request, also OPTIONS that is no preflight."""
+
+
 class Front:
     """The ASGI application that a server process runs."""
 
-    def __init__(self, services: Services, json_app: ASGIApp, running: Callable[[], AbstractAsyncContextManager[None]]) -> None:
-        """`json_app` answers everything but the byte routes; `running` is entered at start-up and left at shut-down."""
+    def __init__(
+        self,
+        services: Services,
+        json_app: ASGIApp,
+        running: Callable[[], AbstractAsyncContextManager[None]],
+        doors: Mapping[str, "Door"] | None = None,
+    ) -> None:
+        """`json_app` answers everything but the byte routes; `running` is entered at start-up and left at shut-down. `doors` answer all
+        that lies below a path.
+        """
+        self._doors = dict(doors or {})
         self._services = services
         self._json_app = json_app
         self._running = running
@@ -157,6 +179,10 @@ class Front:
         elif (link_route := _LINK_ROUTES.get(path[:3])) is not None:
             await self._serve_link(exchange, link_route)
             return
+        elif (door := self._door(path)) is not None:
+            exchange.route = door.template(path)
+            await door.answer(scope, exchange.receive, exchange.send)
+            return
         elif path.startswith(_USERS):
             # A user id may hold slashes and percent signs: keep its segment as it was sent, for `users.py` to decode once.
             raw: bytes = scope.get("raw_path") or quote(path).encode("ascii")
@@ -165,6 +191,9 @@ class Front:
             await self._tell_methods(exchange)
             return
         await self._json_app(scope, exchange.receive, exchange.send)
+
+    def _door(self, path: str) -> "Door | None":
+        return next((door for prefix, door in self._doors.items() if path == prefix or path.startswith(f"{prefix}/")), None)
 
     async def _tell_methods(self, exchange: "_Exchange") -> None:
         """Answers OPTIONS for a JSON route, without credentials. Raises `NotFound` where there is none.
@@ -300,6 +329,7 @@ class _Exchange:
                 *message.get("headers", ()),
                 (b"x-request-id", self.request_id.encode("ascii")),
                 *rate_headers(self.scope),
+                *self.scope["state"].get(ANSWER_HEADERS, ()),
                 *self._added,
             ]
         await self._raw_send(message)

@@ -27,6 +27,7 @@ _NOT_FROM_OUTSIDE = (
     b"x-http-method",
     b"x-method-override",
 )
+_FROM_OUTSIDE = frozenset({b"x-http-method-override"})  # tus has it, for clients that cannot send PATCH; its door alone reads it
 _MOST_PROXIES = 16  # in a row; what lies behind more is not looked for
 _LONGEST_HOP = 256
 
@@ -50,7 +51,7 @@ class Proxies:
         written. Where that is no address the client stays the proxy. IPv4 inside IPv6 becomes IPv4.
         """
         headers: list[tuple[bytes, bytes]] = scope["headers"]
-        kept = [each for each in headers if not each[0].startswith(_NOT_FROM_OUTSIDE)]
+        kept = [each for each in headers if not each[0].startswith(_NOT_FROM_OUTSIDE) or each[0] in _FROM_OUTSIDE]
         client = scope.get("client")
         if client is not None and client[0].startswith("::ffff:"):
             client = scope["client"] = (str(_plain(ip_address(client[0]))), client[1])

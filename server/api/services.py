@@ -7,7 +7,7 @@ from server.api.streams import Streams
 from server.auth import Authenticator
 from server.delivery import Delivery, Links
 from server.intake import Intake, Scanner
-from server.ledger import Database, PreviewNotices
+from server.ledger import Database, Notices
 from server.metrics import Metrics
 from server.settings import Settings
 from server.vault import Vault
@@ -25,7 +25,7 @@ class Services:
     links: Links
     authenticator: Authenticator
     limits: Limits
-    notices: PreviewNotices
+    notices: Notices
     scanner: Scanner | None = None
     streams: Streams = field(default_factory=Streams)
     metrics: Metrics = field(default_factory=Metrics)

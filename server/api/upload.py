@@ -66,7 +66,7 @@ async def replace(services: Services, file_id: UUID, scope: ASGIScope, receive: 
         raise PreconditionFailed
     begun = await services.intake.begin(principal.owner, declared_bytes=_content_length(scope), expected=_digests(scope), replacing=old)
     try:
-        async for chunk in _body(receive):
+        async for chunk in body_pieces(receive):
             await begun.write(chunk)
         file = await begun.replace(old)
     except PreconditionFailed as lost:
@@ -92,7 +92,7 @@ async def upload_by_link(services: Services, token: str, scope: ASGIScope, recei
     name = clean_name(texts["name"]) if "name" in texts else None
     begun, link = await services.intake.begin_linked(upload_id, declared_bytes=_content_length(scope), expected=_digests(scope))
     try:
-        async for chunk in _body(receive):
+        async for chunk in body_pieces(receive):
             await begun.write(chunk)
         file = await begun.finish(
             Details(
@@ -116,7 +116,7 @@ async def _upload_raw(services: Services, principal: Principal, key: str | None,
         await _answer(send, 201, begun, replayed=True)
         return
     try:
-        async for chunk in _body(receive):
+        async for chunk in body_pieces(receive):
             await begun.write(chunk)
         file = await begun.finish(details)
     finally:
@@ -132,7 +132,7 @@ async def _upload_form(
     expected = _digests(scope)
     hashes = {name: hashlib.new(name.replace("-", ""), usedforsecurity=False) for name in expected}  # of the form, as RFC 9530 has it
     try:
-        async for chunk in _body(receive):
+        async for chunk in body_pieces(receive):
             for each in hashes.values():
                 each.update(chunk)
             for event in reader.feed(chunk):
@@ -274,7 +274,7 @@ def _details(texts: dict[str, str], name: str | None) -> Details:
     )
 
 
-async def _body(receive: Receive) -> AsyncIterator[bytes]:
+async def body_pieces(receive: Receive) -> AsyncIterator[bytes]:
     """The body's pieces. Raises `IncompleteBody` when the client goes away."""
     while True:
         message = await receive()

@@ -11,7 +11,7 @@ import msgspec
 from server import ledger
 from server.delivery.links import LinkedFile
 from server.errors import NoPreview, PreviewPending
-from server.ledger import Database, File, LinkedPreview, PreviewNotices
+from server.ledger import Database, File, LinkedPreview, Notices
 from server.previews.variants import MIME_TYPES, Variant
 from server.vault.layout import preview_path
 
@@ -61,7 +61,7 @@ def from_link(link: LinkedFile, name: str) -> PreviewFile:
 class AwaitedPreviews:
     """Knows which previews there are. Lives in one event loop."""
 
-    def __init__(self, db: Database, notices: PreviewNotices, wait_seconds: float, stopping: asyncio.Event) -> None:
+    def __init__(self, db: Database, notices: Notices, wait_seconds: float, stopping: asyncio.Event) -> None:
         """`wait_seconds` is how long a request waits for a preview that is being made, or till `stopping`."""
         self._stopping = stopping
         self._db = db

@@ -18,6 +18,7 @@ from server.vault import Vault, Volume
 
 _WATCH_SECONDS = 1.0  # a volume that goes away is known within this
 _TIDY_SECONDS = 15.0
+_EXPIRED_UPLOADS_KNOWN_SECONDS = 7 * 86_400  # till then their clients are told that they have expired
 _BATCH = 1_000
 
 log = logging.getLogger("coffer.housekeeping")
@@ -98,7 +99,7 @@ class Housekeeping:
 
     async def _expire(self) -> None:
         expired = await ledger.release_expired(self._db, _BATCH)
-        gone = [upload_id for upload_id in expired if upload_id not in self._intake.live]
+        gone = [name for upload_id, name in expired.items() if upload_id not in self._intake.live]
         if gone:
             log.info("released %d expired reservations", len(gone))
             for volume in self._writable():
@@ -128,6 +129,9 @@ class Housekeeping:
         days = self._settings.audit_log_days
         while days and await ledger.purge_trail(self._db, days, _BATCH) == _BATCH:
             pass
+        while left := await ledger.purge_resumable_uploads(self._db, _EXPIRED_UPLOADS_KNOWN_SECONDS, _BATCH):
+            for volume in self._writable():
+                await self._vault.run(volume.remove_incoming, [name for volume_id, name in left if volume_id == volume.id])
 
     def _writable(self) -> list[Volume]:
         return [volume for volume in self._vault.volumes if volume.state in ("open", "full")]

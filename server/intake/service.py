@@ -413,6 +413,8 @@ class Intake:
             await self.bury(tombstones)
 
         async def remove_bytes() -> None:
+            for volume_id, name in await ledger.list_resumable_bytes(self.db, user_id):
+                await self.vault.run(self.vault.volume(volume_id).remove_incoming, [name])
             for volume in self.vault.volumes if user.volume_id is None else [self.vault.volume(user.volume_id)]:
                 await self.vault.run(volume.remove_user, user_directory(user_id))
 

@@ -107,6 +107,7 @@ class Upload:
         self._file: IncomingFile | None = None
         self._working: asyncio.Future[Any] | None = None  # the one thread that may be using the file
         self._landed_path: str | None = None
+        self._fence: int | None = None  # of a resumable upload: only its writer publishes it
         self._over = False
 
     # Reserving
@@ -157,9 +158,9 @@ class Upload:
         """Takes the next bytes. Raises `FileTooLarge`, `QuotaExceeded`, `UnsupportedType`, `VolumeFull` and the like."""
         if not chunk:
             return
-        self.received_bytes += len(chunk)
-        if self.received_bytes > self._max_bytes:
+        if self.received_bytes + len(chunk) > self._max_bytes:  # and what is not taken must not be counted: a reservation grows by it
             raise FileTooLarge(self._max_bytes)
+        self.received_bytes += len(chunk)
         if len(self._head) < HEAD_BYTES:
             self._head += chunk[: HEAD_BYTES - len(self._head)]
         self._recent.append(chunk)
@@ -252,6 +253,7 @@ class Upload:
             metadata=details.metadata,
             idempotency_key=self._idempotency_key,
             user_since=self._user_since,
+            fence=self._fence,
         )
         file = await self._commit(lambda: self._publish(new), self.id, new.file_path)
         self._wake_worker(file)

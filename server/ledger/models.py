@@ -56,7 +56,8 @@ class File(msgspec.Struct, frozen=True, kw_only=True):
 class NewFile(msgspec.Struct, frozen=True, kw_only=True):
     """What `publish_file` inserts. `id` equals the upload's id, so a reservation and its file never part.
 
-    `user_since` is `User.created_at` as it was when the upload began: the same id erased and come back is another user.
+    `user_since` is `User.created_at` as it was when the upload began: the same id erased and come back is another user. `fence` is that of
+    the writer of a resumable upload: another one's file is not inserted.
     """
 
     id: UUID
@@ -74,6 +75,7 @@ class NewFile(msgspec.Struct, frozen=True, kw_only=True):
     metadata: dict[str, Any] = {}
     idempotency_key: str | None = None
     user_since: datetime | None = None
+    fence: int | None = None
 
 
 class ReplacedContent(msgspec.Struct, frozen=True, kw_only=True):
@@ -289,3 +291,27 @@ class PreviewFigure(msgspec.Struct, frozen=True, kw_only=True):
     upto_seconds: float
     files: int
     seconds: float
+
+
+class ResumableUpload(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of `resumable_uploads`. `length_bytes` None: not declared yet. `offset_bytes` are synced.
+
+    `upload_metadata` is what the client sent; `details` is what was made of it (`server.intake.Details`), as JSON.
+    """
+
+    id: UUID
+    user_id: str
+    volume_id: UUID
+    incoming_name: UUID
+    length_bytes: int | None
+    offset_bytes: int
+    upload_metadata: str
+    details: str
+    kinds: list[str] | None
+    is_partial: bool
+    parts: list[UUID] | None
+    joined_as: UUID | None
+    link: str | None
+    fence: int
+    boot_id: str | None
+    expires_at: datetime

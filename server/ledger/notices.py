@@ -1,4 +1,7 @@
-"""Hears from PostgreSQL when a file's preview is finished, for those who wait. One connection per process, opened by the first of them."""
+"""Hears what processes tell each other through PostgreSQL: that a preview is finished, that somebody wants an upload or has let go of it.
+
+One connection per process, opened by the first who waits.
+"""
 
 import asyncio
 import logging
@@ -16,7 +19,7 @@ from server.settings import Settings
 MOST_FINISHED_REMEMBERED = 1_000
 """Ids for one who is slow to take them: some 100 KiB."""
 
-_CHANNEL = "coffer_preview"
+_CHANNEL = "coffer_notice"
 _PAUSE_SECONDS = 1.0
 LOOK_SECONDS = 15.0
 """A connection that is cut without a word is noticed within this, and `CONNECT_SECONDS` more."""
@@ -64,7 +67,7 @@ class Finished:
         self._news.set()
 
 
-class PreviewNotices:
+class Notices:
     """Lives in one event loop. A notice may get lost with the connection: whoever waits for a file looks at its row now and then, too,
     and whoever follows a user is told.
     """
@@ -73,17 +76,24 @@ class PreviewNotices:
         self._look_seconds = look_seconds
         self._url = settings.database_url
         self._waiting: dict[str, set[asyncio.Event]] = {}
+        self._heeding: dict[str, set[asyncio.Event]] = {}
         self._following: dict[str, set[Finished]] = {}
         self._listening: asyncio.Task[None] | None = None
         self._connected = asyncio.Event()
 
     @contextmanager
     def of(self, what: UUID | str) -> Iterator[asyncio.Event]:
-        """An event that is set whenever a file's previews, or the variant of a `variant_key`, are finished from now on.
+        """An event that is set whenever a notice of `what` comes: a file's previews or the variant of a `variant_key` are finished, say.
 
         Read the row after this, not before.
         """
         with self._among(self._waiting, str(what), asyncio.Event()) as event:
+            yield event
+
+    @contextmanager
+    def only_heard(self, what: str) -> Iterator[asyncio.Event]:
+        """As `of`, but the event is never set for a notice that may have been missed. For what is said again until it is heard."""
+        with self._among(self._heeding, what, asyncio.Event()) as event:
             yield event
 
     @contextmanager
@@ -124,9 +134,9 @@ class PreviewNotices:
             try:
                 await self._listen_once()
             except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError) as problem:
-                log.warning("previews are not heard of: %s", type(problem).__name__)
+                log.warning("notices are not heard: %s", type(problem).__name__)
             except Exception:
-                log.exception("previews are not heard of")  # and yet it goes on: nobody would start it again
+                log.exception("notices are not heard")  # and yet it goes on: nobody would start it again
             await asyncio.sleep(_PAUSE_SECONDS)
 
     async def _listen_once(self) -> None:
@@ -154,7 +164,7 @@ class PreviewNotices:
 
     def _heard(self, _connection: Any, _pid: int, _channel: str, payload: object) -> None:
         what, _, user_id = str(payload).partition(" ")
-        for event in self._waiting.get(what, ()):
+        for event in (*self._waiting.get(what, ()), *self._heeding.get(what, ())):
             event.set()
         with suppress(ValueError):  # no file of ours
             for finished in self._following.get(user_id, ()):  # nobody, where it was a variant

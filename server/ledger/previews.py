@@ -178,7 +178,7 @@ async def notify_variant(db: Database, file_id: UUID, name: str) -> None:
 
 
 def variant_key(file_id: UUID, name: str) -> str:
-    """What `PreviewNotices` calls a variant."""
+    """What `Notices` calls a variant."""
     return f"{file_id}/{name}"
 
 

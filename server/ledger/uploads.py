@@ -62,9 +62,9 @@ async def release_reservation(db: Database, upload_id: UUID) -> None:
     await db.write(_RELEASE, upload_id)
 
 
-async def release_expired(db: Database, limit: int = 1000) -> list[UUID]:
-    """Gives back what at most `limit` abandoned uploads hold, and returns their ids."""
-    return [row["id"] for row in await db.write(_EXPIRED, limit, patience=LONG_PATIENCE_SECONDS)]
+async def release_expired(db: Database, limit: int = 1000) -> dict[UUID, UUID]:
+    """Gives back what at most `limit` abandoned uploads hold. Returns their ids, with the names of their bytes in incoming/."""
+    return {row["id"]: row["incoming_name"] for row in await db.write(_EXPIRED, limit, patience=LONG_PATIENCE_SECONDS)}
 
 
 async def claim_link(db: Database, upload_id: UUID, lease_seconds: float, most: int | None = None) -> ClaimedLink | None:
@@ -93,7 +93,7 @@ async def close_link(db: Database, user_id: str, upload_id: UUID, kinds: Collect
 
 
 async def live_uploads(db: Database, ids: Sequence[UUID]) -> set[UUID]:
-    """Which of `ids` still hold a reservation."""
+    """Which of `ids` still hold a reservation, or name bytes for which one is held."""
     return {row["id"] for row in await db.read(_LIVE, list(ids))}
 
 

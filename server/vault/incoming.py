@@ -24,7 +24,8 @@ class IncomingFile:
     `expected` holds digests that the client sent, by RFC 9530 name; they are checked before anything is published.
     """
 
-    def __init__(self, volume: Volume, upload_id: UUID, expected: dict[str, bytes]) -> None:
+    def __init__(self, volume: Volume, upload_id: UUID, expected: dict[str, bytes], *, exclusive: bool = True) -> None:
+        """Makes the file; without `exclusive` one that is there is opened instead."""
         self._volume = volume
         self._name = str(upload_id)
         self._root = volume.root()
@@ -33,7 +34,7 @@ class IncomingFile:
         self._expected = expected
         self._others = {name: hashlib.new(DIGEST_NAMES[name], usedforsecurity=False) for name in expected if name != "sha-256"}
         with volume.writing():
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            flags = os.O_RDWR | os.O_CREAT | (os.O_EXCL if exclusive else 0) | os.O_NOFOLLOW | os.O_CLOEXEC
             self._fd = os.open(f"{INCOMING}/{self._name}", flags, 0o640, dir_fd=self._root.fd)
 
     @property
@@ -43,12 +44,15 @@ class IncomingFile:
 
     def append(self, chunks: Sequence[bytes | memoryview]) -> None:
         """Writes and hashes. Raises `VolumeFull` when the volume's reserve or its end is reached, or as `Volume.writing`."""
-        if self._volume.free_bytes() + self._volume.promised_bytes < 0:  # promised bytes are these: only the reserve counts
-            raise VolumeFull
         for chunk in chunks:
             self._sha256.update(chunk)
             for other in self._others.values():
                 other.update(chunk)
+        self._append_unhashed(chunks)
+
+    def _append_unhashed(self, chunks: Sequence[bytes | memoryview]) -> None:
+        if self._volume.free_bytes() + self._volume.promised_bytes < 0:  # promised bytes are these: only the reserve counts
+            raise VolumeFull
         with self._volume.writing():
             _write_all(self._fd, chunks)
             self._written_bytes += sum(map(len, chunks))

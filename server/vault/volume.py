@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 from uuid import UUID
 
-from server.errors import CofferError, VolumeFull, VolumeReadOnly, VolumeUnavailable
+from server.errors import CofferError, Damaged, VolumeFull, VolumeReadOnly, VolumeUnavailable
 from server.vault.layout import INCOMING, USERS, checked, checked_preview_name, checked_previews, checked_readable, is_previews
 from server.vault.sentinel import read_sentinel
 
@@ -408,6 +408,26 @@ class Volume:
                     _unlink_if_there(str(upload_id), directory)
         finally:
             os.close(directory)
+
+    def pieces_of_incoming(self, name: UUID, size_bytes: int, *, at: int = 0, piece_bytes: int = 2**20) -> Iterator[bytes]:
+        """The bytes from `at` to `size_bytes` of a file in incoming/, one piece in memory at a time. Raises `Damaged` when it is gone or
+        shorter, else as `writing`.
+        """
+        directory = self.incoming(self.root())
+        try:
+            with self.writing():
+                file = Handle(os.open(str(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory))
+        except FileNotFoundError as problem:
+            raise Damaged from problem
+        finally:
+            os.close(directory)
+        while at < size_bytes:
+            with self.writing():
+                piece = os.pread(file.fd, min(piece_bytes, size_bytes - at), at)
+            if not piece:
+                raise Damaged
+            at += len(piece)
+            yield piece
 
     def old_incoming(self, older_than: float, limit: int) -> list[UUID]:
         """Up to `limit` uploads whose bytes in incoming/ were last written before `older_than` (Unix time)."""

@@ -4,14 +4,17 @@
 -- name: publish_file
 -- Ends the reservation if there is one, then inserts the file and its event. The insert reads the count of released rows, so the
 -- reservation's bytes are back before the file is charged: its trigger is queued first. Inserts nothing when the user is not the one
--- who was there when the upload began: an erasure in between has removed the bytes. Returns only what the caller does not know.
-with released as (
-    delete from uploads where id = $1 and user_id = $2 returning id
+-- who was there when the upload began: an erasure in between has removed the bytes; nor when it is a resumable upload that the writer
+-- with the fence $18 does not hold any more. Returns only what the caller does not know.
+with held as materialized (
+    select r.id from resumable_uploads r where r.id = $1 and r.fence = $18 and r.held_by is not null for update
+), released as (
+    delete from uploads where id = $1 and user_id = $2 and ($18::bigint is null or exists (select from held)) returning id
 ), published as (
     insert into user_files (id, user_id, file_name, file_type, mime_type, file_size, sha256, volume_id, file_path, generation,
                             package_name, tags, metadata, idempotency_key, preview_state)
     select $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $17 from (select count(*) from released) first (released)
-    where first.released >= 0
+    where first.released >= 0 and ($18::bigint is null or (exists (select from held) and first.released = 1))
       and ($15::timestamptz is null or exists (select from user_storage u where u.user_id = $2 and u.created_at = $15))
     returning *
 ), noted as (

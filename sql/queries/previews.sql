@@ -84,7 +84,7 @@ select e.file_id, e.file_name, o.volume_id, o.file_path
 
 -- name: notify_preview
 -- Tells those who wait for a preview.
-select pg_notify('coffer_preview', $1);
+select pg_notify('coffer_notice', $1);
 
 -- name: begin_preview
 -- Counts a try at the preview of a file that waits for it with the bytes ($2) that were looked at, and tells how many that makes. Nothing
@@ -122,7 +122,7 @@ with done as (
        set file_name = excluded.file_name, mime_type = excluded.mime_type, width = excluded.width, height = excluded.height,
            size_bytes = excluded.size_bytes, created_at = excluded.created_at
 )
-select id, pg_notify('coffer_preview', id || ' ' || user_id) from done;
+select id, pg_notify('coffer_notice', id || ' ' || user_id) from done;
 
 -- name: derive_preview_jobs
 -- Gives each user's first $1 waiting files their jobs, where they have none: those past the first 256 never had one, and a lost job is

@@ -46,15 +46,20 @@ with closed as (
 select id from closed;
 
 -- name: release_expired
--- Gives the bytes of abandoned reservations back; one that somebody is using at this moment is left alone.
+-- Gives the bytes of abandoned reservations back, and tells under which names theirs lie; one that somebody is using at this moment is
+-- left alone.
 with expired as materialized (
     select id from uploads where expires_at < clock_timestamp() order by expires_at limit $1 for update skip locked
 )
-delete from uploads u using expired where u.id = expired.id returning u.id;
+delete from uploads u using expired where u.id = expired.id
+returning u.id, coalesce((select r.incoming_name from resumable_uploads r where r.id = u.id), u.id) as incoming_name;
 
 -- name: live_uploads
--- Which of the ids still hold a reservation.
-select id from uploads where id = any ($1);
+-- Which of the ids still hold a reservation, or name the bytes of a resumable upload that does. A part's is held by what it was joined to.
+select id from uploads where id = any ($1)
+union
+select r.incoming_name from resumable_uploads r
+ where r.incoming_name = any ($1) and exists (select from uploads u where u.id = coalesce(r.joined_as, r.id));
 
 -- name: record_infected
 -- Appends the event of an upload that was refused as infected. Not for a user who is being erased: the lock keeps the erasure from

@@ -59,6 +59,8 @@ def test_a_preflight_needs_no_credentials(page: httpx.Client) -> None:
             assert names(answer.headers["access-control-allow-methods"]) == {"get", "head", "post", "put", "patch", "delete"}
             wanted = {"authorization", "content-type", "x-user-id", "idempotency-key", "range", "if-match", "if-none-match", "if-range"}
             wanted |= {"content-digest", "repr-digest", "content-md5", "x-request-id", "if-modified-since", "if-unmodified-since"}
+            wanted |= {"tus-resumable", "upload-length", "upload-defer-length", "upload-offset", "upload-metadata", "upload-checksum"}
+            wanted |= {"upload-concat", "upload-link", "x-http-method-override", "x-requested-with"}
             assert names(answer.headers["access-control-allow-headers"]) == wanted
             assert int(answer.headers["access-control-max-age"]) > 0
 
@@ -118,6 +120,8 @@ def test_answers_and_failures_can_be_read(strict: RunningServer, page: httpx.Cli
         ]
     exposed = {"etag", "location", "content-range", "accept-ranges", "content-disposition", "content-length", "x-request-id"}
     exposed |= {"ratelimit", "ratelimit-policy", "retry-after", "repr-digest", "idempotency-replayed", "www-authenticate"}
+    exposed |= {"tus-resumable", "tus-version", "tus-extension", "tus-max-size", "tus-checksum-algorithm", "coffer-file-id"}
+    exposed |= {"upload-length", "upload-defer-length", "upload-offset", "upload-metadata", "upload-expires", "upload-concat"}
     for status, answer in answers:
         assert answer.status_code == status, (answer.request.url, answer.text)
         assert (answer.headers[ALLOW], answer.headers["vary"]) == (APP, "Origin"), answer.request.url

@@ -17,7 +17,7 @@ from server import ledger
 from server.auth import Scope
 from server.delivery import AwaitedPreviews, Delivery, Links
 from server.errors import DatabaseUnavailable
-from server.ledger import Database, PreviewNotices
+from server.ledger import Database, Notices
 from server.settings import Settings
 from server.vault import Vault
 from server.vault.layout import stored_path
@@ -278,10 +278,10 @@ async def test_a_revoked_user_is_remembered_while_the_database_is_away(settings:
         file = a_file(BODY, id=file_id, user_id=user_id, file_path=path, volume_id=known.id)
         _, _, token, segment = links.download(file, 0, expires_at=4_000_000_000).split("/")
         found = links.verify_download(token, segment)
-        delivery = Delivery(db, vault, AwaitedPreviews(db, PreviewNotices(settings), 1, asyncio.Event()))
+        delivery = Delivery(db, vault, AwaitedPreviews(db, Notices(settings), 1, asyncio.Event()))
         await delivery.refresh_link_epochs()
         await ledger.raise_link_epoch(db, user_id)
-        seen = Delivery(db, vault, AwaitedPreviews(db, PreviewNotices(settings), 1, asyncio.Event()))
+        seen = Delivery(db, vault, AwaitedPreviews(db, Notices(settings), 1, asyncio.Event()))
         await seen.refresh_link_epochs()
         await db.close()
         assert (await delivery.open_linked(found, "HEAD", {}, "private")).status == 200  # it has not heard of the revocation

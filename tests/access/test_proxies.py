@@ -138,9 +138,9 @@ def test_the_scheme(value: str, scheme: str) -> None:
 
 
 def test_internal_headers_reach_no_handler() -> None:
-    kept = [("Host", "x"), ("X-User-Id", "ada"), ("X-Request-Id", "r"), ("Content-Type", "image/png")]
+    kept = [("Host", "x"), ("X-User-Id", "ada"), ("X-Request-Id", "r"), ("Content-Type", "image/png"), ("X-HTTP-Method-Override", "PATCH")]
     internal = ["X-Accel-Redirect", "X-Accel-Buffering", "X-Sendfile", "X-Sendfile-Type", "X-Coffer-File", "X-Real-IP", "X-Original-URL"]
-    internal += ["X-Rewrite-URL", "X-HTTP-Method-Override", "X-Forwarded-Host", "X-Forwarded-User", XFF, PROTO, FORWARDED]
+    internal += ["X-Rewrite-URL", "X-HTTP-Method", "X-Method-Override", "X-Forwarded-Host", "X-Forwarded-User", XFF, PROTO, FORWARDED]
     for peer in ("10.0.0.1", "192.0.2.7"):
         scope = settled(trusting(), peer, *kept, *((name, "1.2.3.4") for name in internal))
         assert scope["headers"] == [(name.lower().encode(), value.encode()) for name, value in kept]

@@ -96,7 +96,7 @@ def test_another_users_file_is_missing(tokens: Tokens) -> None:
 
 def test_a_token_follows_its_subjects_previews_alone(tokens: Tokens) -> None:
     """There is no worker: what it would say of both files is said by hand."""
-    finish = "select pg_notify('coffer_preview', id || ' ' || user_id) from user_files where user_id = any($1) order by user_id"
+    finish = "select pg_notify('coffer_notice', id || ' ' || user_id) from user_files where user_id = any($1) order by user_id"
     with (
         tokens.client(tokens.clerk.token(sub="zoe")) as zoe,
         tokens.client(tokens.clerk.token(sub="eva")) as eva,

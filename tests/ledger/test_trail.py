@@ -93,7 +93,8 @@ async def test_what_is_rolled_back_is_not_recorded(db: Database, users: None) ->
     assert (added.action, added.file_id, added.actor_kind, added.actor_id) == ("file.created", file.id, "system", None)
 
 
-# Leases of reservations (when an upload link ends by itself, its record tells beforehand), when keys were used, what is derived from files.
+# Leases and progress of uploads (when an upload link ends by itself, its record tells beforehand), when keys were used, what is derived
+# from files.
 UNRECORDED = {
     "note_api_keys_used",
     "unclaim_link",
@@ -109,6 +110,11 @@ UNRECORDED = {
     "forget_preview",
     "retry_failed_previews",
     "rebuild_previews",
+    "create_linked_upload",
+    "claim_resumable_upload",
+    "renew_resumable_uploads",
+    "checkpoint_resumable_upload",
+    "end_resumable_upload",
 }
 
 

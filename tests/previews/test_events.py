@@ -65,7 +65,7 @@ def test_what_is_finished_once_the_answer_has_begun_is_told(server: RunningServe
             execute(
                 server.database_url,
                 "with done as (update user_files set preview_state = 'ready' returning id, user_id) "
-                "select pg_notify('coffer_preview', id || ' ' || user_id) from done",
+                "select pg_notify('coffer_notice', id || ' ' || user_id) from done",
             )
             assert next_event(lines)["id"] == file_id
 
@@ -160,7 +160,7 @@ def test_who_does_not_read_costs_little_and_is_cut_off(start_server: ServerFacto
 
             def gone() -> bool:
                 for _ in range(20):  # each is told by itself; the kernel's buffers take some
-                    execute(server.database_url, "select pg_notify('coffer_preview', $1 || ' ada')", file_id)
+                    execute(server.database_url, "select pg_notify('coffer_notice', $1 || ' ada')", file_id)
                 return "coffer_http_requests_in_flight 1.0" in metrics(server)
 
             until(gone, timeout_seconds=60)

@@ -8,7 +8,7 @@ import asyncpg
 import pytest
 
 from server import ledger
-from server.ledger import Database, File, PreviewNotices, PreviewRow, Publisher, Waker
+from server.ledger import Database, File, Notices, PreviewRow, Publisher, Waker
 from server.ledger.database import SESSION
 from server.ledger.files import FILE_COLUMNS
 from server.ledger.statements import statement
@@ -119,7 +119,7 @@ async def test_other_bytes_than_those_looked_at_get_no_preview(db: Database, sql
 
 
 async def test_those_who_wait_are_told(db: Database, sql: Connection, settings: Settings) -> None:
-    notices = PreviewNotices(settings)
+    notices = Notices(settings)
     mine, other = [await ledger.publish_file(db, new_file("ada", 1)) for _ in range(2)]
     try:
         with notices.of(mine.id) as told, notices.of(other.id) as not_told:

@@ -15,7 +15,7 @@ from server import ledger
 from server.api.services import Services
 from server.api.streams import Streams
 from server.auth import NewApiKey, Scope
-from server.ledger import Database, PreviewNotices
+from server.ledger import Database, Notices
 from server.settings import Settings
 from tests.serving import DEFAULTS
 
@@ -69,7 +69,7 @@ async def api_key(db: Database) -> str:
 @asynccontextmanager
 async def serving(database_url: str, streams: Streams, look_seconds: float = 15.0) -> AsyncIterator[Services]:
     settings = Settings(database_url=database_url, link_keys=(DEFAULTS["COFFER_LINK_KEYS"],))
-    notices = PreviewNotices(settings, look_seconds)
+    notices = Notices(settings, look_seconds)
     services = dataclasses.replace(assemble(settings)._services, streams=streams, notices=notices)
     await services.db.open()
     try:
@@ -133,11 +133,11 @@ async def test_what_nobody_expects_is_heard_and_ends_no_listening(database_url: 
         following = asyncio.create_task(follow(services, client.scope, client.receive, client.send))
         await client.sees(lambda: HELLO in client.bodies)
         for payload in ("", " ", " ada", "no-id ada", "x" * 7_000):
-            await db.write("select pg_notify('coffer_preview', $1)", payload)
+            await db.write("select pg_notify('coffer_notice', $1)", payload)
         with services.notices.of_user("ada") as finished:
             file_id = "00000000-0000-7000-8000-000000000001"
             for user_id in ("robert", "ada bob", "ada"):  # the first two are others: a user's id may hold spaces
-                await db.write("select pg_notify('coffer_preview', $1)", f"{file_id[:-1]}{len(user_id)} {user_id}")
+                await db.write("select pg_notify('coffer_notice', $1)", f"{file_id[:-1]}{len(user_id)} {user_id}")
             await asyncio.wait_for(finished.wait(), 10)
             heard = finished.take(9)
             assert [str(each) for each in heard] == [f"{file_id[:-1]}3"]

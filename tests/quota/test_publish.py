@@ -90,7 +90,7 @@ async def test_an_expired_reservation_gives_no_right_to_publish(db: Database, sq
     await add_user(sql, "ada", 100)
     late, live = await reserve(db, "ada", 60), await reserve(db, "ada", 10)
     await sql.execute("update uploads set expires_at = now() where id = $1", late)
-    assert await ledger.release_expired(db) == [late]
+    assert await ledger.release_expired(db) == {late: late}
     assert await ledger.live_uploads(db, [late, live]) == {live}
     await ledger.publish_file(db, new_file("ada", 60))
     with pytest.raises(QuotaExceeded):
