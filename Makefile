@@ -17,9 +17,11 @@ TESTS ?=
 BENCH ?=
 # Attacks for `make attack`, by number: make attack ATTACK="5 14"
 ATTACK ?=
+# Faults for `make torture`, by number: make torture TORTURE="1 2"
+TORTURE ?=
 # Commands that tests run, with their Debian packages: strace shows the order of system calls, curl and openssl run the tours of the README,
-# clamd scans uploads, and Chromium is the browser in which no stored byte may run.
-TEST_PACKAGES := curl=curl openssl=openssl strace=strace clamd=clamav-daemon chromium=chromium
+# clamd scans uploads, Chromium is the browser in which no stored byte may run, and Node runs the tus clients of tests/tus/clients.
+TEST_PACKAGES := curl=curl openssl=openssl strace=strace clamd=clamav-daemon chromium=chromium node=nodejs npm=npm
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -58,6 +60,10 @@ format: $(DEVELOPING)  ## rewrite the code in the house's format
 .PHONY: attack
 attack: $(DEVELOPING) test-packages  ## try what must be refused against a running server (ATTACK="5 14" for some)
 	@$(RUN) -m tests.attack $(ATTACK)
+
+.PHONY: torture
+torture: $(DEVELOPING)  ## break what may break under a running server, at length (TORTURE="1 2" for some)
+	@$(RUN) -m tests.torture $(TORTURE)
 
 .PHONY: bench
 bench: $(DEVELOPING)  ## measure the speed, as ratios within one session

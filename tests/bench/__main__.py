@@ -12,7 +12,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from tests.bench import downloads, huge, large, links, lists, memory, previews, small
+from tests.bench import downloads, huge, large, links, lists, memory, previews, small, tus
 from tests.bench.harness import Stage, elapsed, say
 from tests.bench.processes import BenchError
 
@@ -25,6 +25,7 @@ SECTIONS = {
     "lists": lists,
     "links": links,
     "previews": previews,
+    "tus": tus,
 }
 
 
