@@ -35,11 +35,11 @@ MANY = {"COFFER_TUS_UPLOADS_PER_USER": "unlimited", "COFFER_UPLOADS_AT_ONCE_PER_
 def bad_network(stage: Stage) -> str:
     """Every upload ends with the bytes that were sent, however often its connections fail."""
     with stage.server(**MANY) as server:
-        proxy = Proxy(server.host, server.port, faults=FAULTS, within_bytes=UPLOADS * UPLOAD_BYTES // FAULTS, seed=1)
+        proxy = Proxy(server.host, server.port, faults=FAULTS, within_bytes=UPLOADS * UPLOAD_BYTES // FAULTS // 2, seed=1)
         with proxy, ThreadPoolExecutor(UPLOADS) as pool:
             bodies = [image(UPLOAD_BYTES, seed) for seed in range(UPLOADS)]
             uploads = [
-                PersistentUpload([proxy.url], headers_of(server, number % 4), body, piece_bytes=10 * MB, timeout_seconds=5)
+                PersistentUpload([proxy.url], headers_of(server, number % 4), body, piece_bytes=5 * MB, timeout_seconds=5)
                 for number, body in enumerate(bodies)
             ]
             list(pool.map(PersistentUpload.run, uploads))

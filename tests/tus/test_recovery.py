@@ -167,6 +167,10 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _unheard(_: object) -> None:
+    """In place of a client that is told."""
+
+
 async def go_on(service: Service, told: list[str]) -> None:
     """As the client does: whatever was acknowledged is not asked for again."""
     if not told:  # the answer to the creation was lost: the upload is nobody's, and expires
@@ -176,7 +180,7 @@ async def go_on(service: Service, told: list[str]) -> None:
     seen = await service.uploads.look("ada", UUID(upload_id))
     assert seen.offset_bytes >= int(offset), f"{offset} bytes were acknowledged, and now {seen.offset_bytes}"
     if not seen.is_finished:
-        await sent(service, UUID(upload_id), BODY, len(BODY), print)
+        await sent(service, UUID(upload_id), BODY, len(BODY), _unheard)
         seen = await service.uploads.look("ada", UUID(upload_id))
     assert seen.is_finished
     (row,) = await service.db.read("select sha256, file_size from user_files")
@@ -194,7 +198,7 @@ async def join_again(service: Service, told: list[str]) -> None:
             continue
         assert seen.offset_bytes >= int(by_id[str(part)])
         if seen.offset_bytes < len(body):
-            await sent(service, part, body, len(body), print)
+            await sent(service, part, body, len(body), _unheard)
     if len(parts) < 2:
         await _expire(service)
         return
@@ -265,7 +269,7 @@ def test_bytes_that_are_gone_are_sent_again(database_url: str, mount: Path) -> N
     async def run(left_bytes: int | None) -> None:
         async with serving(database_url) as service, serving(database_url) as other:
             upload_id = await begun(service)
-            await sent(service, upload_id, BODY, HALF, print)
+            await sent(service, upload_id, BODY, HALF, _unheard)
             path = mount / "incoming" / str(upload_id)
             if left_bytes is None:
                 path.unlink()
@@ -275,7 +279,7 @@ def test_bytes_that_are_gone_are_sent_again(database_url: str, mount: Path) -> N
                 async with other.uploads.writing("ada", upload_id) as writer:
                     raise OffsetMismatch(writer.received_bytes)
             assert (await other.uploads.look("ada", upload_id)).offset_bytes == 0
-            await sent(other, upload_id, BODY, 300_000, print)
+            await sent(other, upload_id, BODY, 300_000, _unheard)
             await go_on(service, [f"{upload_id} 300000"])
             await look_around(service, database_url, mount)
 
@@ -289,7 +293,7 @@ def test_what_expired_goes_with_its_bytes(database_url: str, mount: Path) -> Non
     async def run() -> None:
         async with serving(database_url) as service:
             upload_id = await begun(service)
-            await sent(service, upload_id, BODY, HALF, print)
+            await sent(service, upload_id, BODY, HALF, _unheard)
             (mount / "incoming" / str(upload_id)).rename(mount / "incoming" / str(name := uuid4()))
             await service.db.write("update resumable_uploads set incoming_name = $1", name)
             assert (await service.uploads.look("ada", upload_id)).offset_bytes == HALF
@@ -312,7 +316,7 @@ def test_an_erased_users_bytes_are_gone_at_once(database_url: str, mount: Path) 
     async def run() -> None:
         async with serving(database_url) as service:
             upload_id = await begun(service)
-            await sent(service, upload_id, BODY, HALF, print)
+            await sent(service, upload_id, BODY, HALF, _unheard)
             await service.intake.erase_user("ada")
             assert list((mount / "incoming").iterdir()) == []
             with pytest.raises(NotFound):
