@@ -15,6 +15,8 @@ DATA ?= .coffer
 TESTS ?=
 # Sections for `make bench`: make bench BENCH="large small"
 BENCH ?=
+# One more than there are processors: many tests wait for servers and workers.
+TEST_PROCESSES ?= $(shell expr $$(nproc) + 1)
 # Attacks for `make attack`, by number: make attack ATTACK="5 14"
 ATTACK ?=
 # Faults for `make torture`, by number: make torture TORTURE="1 2"
@@ -43,7 +45,7 @@ stop:  ## stop what `make run` started (DATA=.coffer)
 
 .PHONY: test
 test: $(DEVELOPING) test-packages  ## run all tests, on all cores (TESTS="tests/quota -k race" for some)
-	@$(RUN) -m pytest --numprocesses auto --dist loadfile $(TESTS)
+	@$(RUN) -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile $(TESTS)
 
 .PHONY: check
 check: $(DEVELOPING)  ## lint, formatting, types, arrows between the rooms
