@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,7 +43,9 @@ class RunningServer:
         self.log = log
         self.api_key = api_key
         self.host = "127.0.0.1"
-        self.port = _free_port()
+        reserved = _reserved_port()
+        self.port: int = reserved.getsockname()[1]
+        weakref.finalize(self, reserved.close)
         self._environment = DEFAULTS | environment
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -224,8 +227,9 @@ async def _create_key(database_url: str, scopes: list[str]) -> str:
     return key.text
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def _reserved_port() -> socket.socket:
+    """Keeps a port from all others. It does not listen, so a server may (socket(7), SO_REUSEADDR), again and again."""
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind(("127.0.0.1", 0))
+    return reserved

@@ -3,6 +3,7 @@
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 
@@ -31,11 +32,13 @@ def form(server: RunningServer, body: bytes) -> int:
 
 
 def liar(server: RunningServer, body: bytes) -> int:
-    """Declares 500 bytes and sends more: HTTP takes the rest for another request, which is none, and the server says so."""
+    """Declares 500 bytes and sends more: HTTP takes the rest for another request, which is none, and the server hangs up."""
     with socket.create_connection((server.host, server.port), timeout=60) as connection:
         who = f"Authorization: Bearer {server.api_key}\r\nX-User-Id: ada"
-        connection.sendall(f"POST /api/files/upload HTTP/1.1\r\nHost: x\r\n{who}\r\nContent-Length: 500\r\n\r\n".encode() + body)
-        return int(connection.recv(4096).split(b" ", 2)[1])
+        with suppress(ConnectionError):
+            connection.sendall(f"POST /api/files/upload HTTP/1.1\r\nHost: x\r\n{who}\r\nContent-Length: 500\r\n\r\n".encode() + body)
+            return int(connection.recv(4096).split(b" ", 2)[1])
+        return 0
 
 
 @pytest.mark.parametrize("size", [10_000, 2 * MIB], ids=["small", "large"])

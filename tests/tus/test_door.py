@@ -666,7 +666,7 @@ def test_a_link_whose_first_answer_was_lost(tus: RunningServer, user: httpx.Clie
 
 
 def test_a_link_that_ends_while_its_upload_is_under_way(tus: RunningServer, user: httpx.Client) -> None:
-    link, unused = upload_link(user, ttl_seconds=1), upload_link(user, ttl_seconds=1)
+    link, unused = (upload_link(user, ttl_seconds=3) for _ in range(2))
     with linked(tus, link) as browser, linked(tus, unused) as late:
         path = create(browser, len(BODY), content=BODY[:1_000])
         until(lambda: code(post(late)) == (403, "link_expired"))  # until then it lacks a length

@@ -378,8 +378,8 @@ async def test_only_whole_free_parts_of_ones_own_are_joined(db: Database, sql: C
 
 
 async def test_a_thousand_parts_are_joined_once(db: Database, sql: Connection) -> None:
-    parts = await asyncio.gather(*(part(db, 1) for _ in range(1_000)))
-    outcomes = await asyncio.gather(*(join(db, list(parts)) for _ in range(3)))
+    parts = [await part(db, 1) for _ in range(1_000)]
+    outcomes = await asyncio.gather(*(join(db, parts) for _ in range(3)))
     (joined,) = [each for each in outcomes if each is not None]
     found = await ledger.find_joined_upload(db, "ada", parts)
     assert found is not None and found.id == joined and await used(sql, "ada") == (0, 1_000, 0)
