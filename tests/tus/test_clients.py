@@ -196,7 +196,8 @@ class Cutting:
 
 @pytest.fixture
 def cutting(tus: RunningServer) -> Iterator[Cutting]:
-    proxy = Cutting(tus, [700_000, 300_000, 800_000, 100_000])
+    # Each within a piece: a client may open a connection for every one.
+    proxy = Cutting(tus, [400_000, 300_000, 450_000, 100_000])
     yield proxy
     proxy.close()
 
