@@ -140,7 +140,7 @@ class RunningServer:
     def settle(self) -> None:
         """Waits until housekeeping has released what a crash left reserved and removed what it left to bury."""
         left = "select (select count(*) from tombstones) + (select count(*) from uploads) as left"
-        until(lambda: execute(self.database_url, left)[0]["left"] == 0, timeout_seconds=60)
+        until(lambda: execute(self.database_url, left)[0]["left"] == 0)
 
     def logged(self) -> str:
         return self.log.read_text()

@@ -294,7 +294,7 @@ def test_housekeeping_lets_old_records_go(start_server: ServerFactory) -> None:
             str(days),
         )
     server.start()
-    until(lambda: trail(server, actor="61") == [], timeout_seconds=30)
+    until(lambda: trail(server, actor="61") == [])
     assert len(trail(server, actor="59")) == 1
 
 

@@ -118,7 +118,7 @@ def test_an_unused_link_gives_its_quota_back(start_server: ServerFactory) -> Non
         assert ada.delete(f"/api/uploads/links/{given_up['file_id']}").status_code == 404
         assert usage(ada) == (0, 400_000)
         execute(server.database_url, "update uploads set expires_at = now()")
-        until(lambda: usage(ada) == (0, 0), timeout_seconds=30)
+        until(lambda: usage(ada) == (0, 0))
         until(lambda: code(browser.put(link["url"], content=BODY)) == (403, "link_expired"))
 
 
@@ -182,7 +182,7 @@ def test_a_killed_server_leaves_the_link_to_be_tried_again(start_server: ServerF
             until(lambda: len(server.incoming()) == 1)
             server.kill()
         server.start()
-        until(lambda: httpx.put(server.url + link["url"], content=image(3_000_000)).status_code == 201, timeout_seconds=30)
+        until(lambda: httpx.put(server.url + link["url"], content=image(3_000_000)).status_code == 201)
         assert usage(ada) == (3_000_000, 0)
         assert ada.get(f"/api/files/{link['file_id']}/download").content == image(3_000_000)
 

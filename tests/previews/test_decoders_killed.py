@@ -17,9 +17,8 @@ from tests.previews.pictures import photo
 from tests.previews.test_gallery import upload
 from tests.previews.test_queue import coffer, states
 from tests.serving import RunningServer, execute
-from tests.waiting import until
+from tests.waiting import has_ended, until
 
-SETTLE_SECONDS = 90
 DECODER_MEMORY_BYTES = images.LIMITS.memory_bytes
 
 
@@ -39,9 +38,16 @@ def command_of(pid: int) -> str:
 
 
 def decoding(worker: RunningWorker) -> list[int]:
-    """The children in which a decoder has an image in hand."""
+    """The children in which a decoder has an image in hand, once they have their limits: from then on they end with their decoder."""
     decoders = [pid for pid in descendants(worker.pid) if "server.previews.images" in command_of(pid)]
-    return [child for decoder in decoders for child in descendants(decoder)]
+    return [child for decoder in decoders for child in descendants(decoder) if memory_limit(child) == DECODER_MEMORY_BYTES]
+
+
+def memory_limit(pid: int) -> int | None:
+    try:
+        return resource.prlimit(pid, resource.RLIMIT_AS)[0]
+    except ProcessLookupError:
+        return None
 
 
 @contextlib.contextmanager
@@ -66,11 +72,9 @@ def hunting(worker: RunningWorker, strike: Callable[[int], object]) -> Iterator[
 
 
 def starve(pid: int) -> None:
-    """Leaves a decoder, once it has its limits, little more memory than it has."""
-    soft, _ = resource.prlimit(pid, resource.RLIMIT_AS)
-    if soft == DECODER_MEMORY_BYTES:
-        most = resource.getpagesize() * int(Path(f"/proc/{pid}/statm").read_text().split()[0]) + 24 * 2**20
-        resource.prlimit(pid, resource.RLIMIT_AS, (most, most))
+    """Leaves a decoder little more memory than it has."""
+    most = resource.getpagesize() * int(Path(f"/proc/{pid}/statm").read_text().split()[0]) + 24 * 2**20
+    resource.prlimit(pid, resource.RLIMIT_AS, (most, most))
 
 
 def large() -> bytes:
@@ -101,11 +105,11 @@ def test_a_decoder_that_is_always_killed_gets_three_tries(server: RunningServer,
         file_id = upload(client, body, "large.jpg")
         worker = start_real_worker(COFFER_PREVIEWS_AT_ONCE="1")
         with hunting(worker, lambda pid: os.kill(pid, signal.SIGKILL)) as struck:
-            until(lambda: facts(server, file_id)[0] != "pending", SETTLE_SECONDS)
+            until(lambda: facts(server, file_id)[0] != "pending")
         assert facts(server, file_id) == ("failed", "error", 3)
         assert len(struck) == 3
         upload(client, small, "small.png")
-        until(lambda: states(server) == {"failed": 1, "ready": 1}, SETTLE_SECONDS)
+        until(lambda: states(server) == {"failed": 1, "ready": 1})
     check_after(server, file_id, body, "error")
 
 
@@ -113,9 +117,9 @@ def test_a_decoder_that_is_killed_once_is_tried_again(server: RunningServer, sta
     with server.client("ada") as client:
         file_id = upload(client, large(), "large.jpg")
         worker = start_real_worker()
-        pid = until(lambda: decoding(worker), SETTLE_SECONDS)[0]
+        pid = until(lambda: decoding(worker))[0]
         os.kill(pid, signal.SIGKILL)
-        until(lambda: states(server) == {"ready": 1}, SETTLE_SECONDS)
+        until(lambda: states(server) == {"ready": 1})
     assert facts(server, file_id)[2] == 2
 
 
@@ -126,7 +130,7 @@ def test_an_image_that_needs_more_memory_than_there_is_fails_at_once(server: Run
         worker = start_real_worker(COFFER_PREVIEWS_AT_ONCE="1")
 
         with hunting(worker, starve) as struck:
-            until(lambda: facts(server, file_id)[0] != "pending", SETTLE_SECONDS)
+            until(lambda: facts(server, file_id)[0] != "pending")
         assert struck
     assert facts(server, file_id) == ("failed", "too_large", 1)
     check_after(server, file_id, body, "too_large")
@@ -138,11 +142,11 @@ def test_a_decoder_that_hangs_is_given_up(server: RunningServer, start_real_work
     with server.client("ada") as client:
         file_id = upload(client, body, "large.jpg")
         worker = start_real_worker(impatient=True)
-        (pid,) = until(lambda: decoding(worker), SETTLE_SECONDS)
+        (pid,) = until(lambda: decoding(worker))
         os.kill(pid, signal.SIGSTOP)
         for _ in range(5):
             upload(client, small, "small.png")
-        until(lambda: states(server) == {"failed": 1, "ready": 5}, SETTLE_SECONDS)
+        until(lambda: states(server) == {"failed": 1, "ready": 5})
     assert facts(server, file_id) == ("failed", "too_slow", 1)
-    until(lambda: not Path(f"/proc/{pid}").exists())
+    until(lambda: has_ended(pid))
     check_after(server, file_id, body, "too_slow")

@@ -163,7 +163,7 @@ def test_who_does_not_read_costs_little_and_is_cut_off(start_server: ServerFacto
                     execute(server.database_url, "select pg_notify('coffer_notice', $1 || ' ada')", file_id)
                 return "coffer_http_requests_in_flight 1.0" in metrics(server)
 
-            until(gone, timeout_seconds=60)
+            until(gone)
         assert server.peak_memory_bytes() - before < 16 * 2**20
 
 

@@ -34,7 +34,7 @@ def test_a_file_that_kills_the_worker_kills_three(server: RunningServer, start_w
                 workers.append(start_worker())
             return states(server) == {"failed": 1, "ready": 1}
 
-        until(settled, timeout_seconds=60)
+        until(settled)
         assert sum(worker.is_dead for worker in workers) == 3
         file = client.get(f"/api/files/{deadly}").json()
         assert (file["preview_state"], file["preview_reason"]) == ("failed", "crashed")
@@ -54,12 +54,12 @@ def test_a_variant_that_kills_workers_ends_when_nobody_waits_for_it(server: Runn
         job = "insert into pgqueuer (priority, status, entrypoint, payload) values (0, 'queued', 'preview', convert_to($1, 'UTF8'))"
         execute(server.database_url, job, f"{file_id} 240x-contain-q80.webp")
         for _ in range(2):
-            until(lambda: workers[-1].is_dead, timeout_seconds=20)
+            until(lambda: workers[-1].is_dead)
             workers.append(start_worker())
-        until(lambda: workers[-1].is_dead, timeout_seconds=20)
+        until(lambda: workers[-1].is_dead)
         execute(server.database_url, "update pgqueuer set created = now() - interval '11 minutes'")
         workers.append(start_worker())
-        until(lambda: execute(server.database_url, "select from pgqueuer") == [], timeout_seconds=20)
+        until(lambda: execute(server.database_url, "select from pgqueuer") == [])
         assert not workers[-1].is_dead
 
 
@@ -68,12 +68,12 @@ def test_a_worker_stopped_and_then_killed_over_and_over_leaves_nothing_crashed(s
         file_id = upload(client, image(5_000))
         for count in (1, 2, 2, 2):
             worker = start_worker(100.0)
-            until(lambda: tries(server, file_id) == count, timeout_seconds=20)  # noqa: B023 - until calls it before the next round
+            until(lambda: tries(server, file_id) == count)  # noqa: B023 - until calls it before the next round
             worker.ask_to_stop()
             until(lambda: tries(server, file_id) == 1)
             worker.kill()
         start_worker()
-        until(lambda: states(server) == {"ready": 1}, timeout_seconds=20)
+        until(lambda: states(server) == {"ready": 1})
 
 
 def test_a_worker_that_hangs_loses_its_job_and_does_no_harm_when_it_goes_on(server: RunningServer, start_worker: WorkerFactory) -> None:
@@ -90,7 +90,7 @@ def test_a_worker_that_hangs_loses_its_job_and_does_no_harm_when_it_goes_on(serv
         hanging.go_on()
         hanging.stop()
         start_worker()
-        until(lambda: states(server) == {"ready": 1}, timeout_seconds=20)
+        until(lambda: states(server) == {"ready": 1})
         assert {path.read_bytes() for path in previews_of(server, "ada", file_id)} == {image(6_000, 2)[:1000]}
 
 
@@ -99,7 +99,7 @@ def test_two_workers_share_the_work(server: RunningServer, start_worker: WorkerF
         for seed in range(60):
             upload(client, image(2_000, seed))
     workers = [start_worker(0.02) for _ in range(2)]
-    until(lambda: states(server) == {"ready": 60}, timeout_seconds=30)
+    until(lambda: states(server) == {"ready": 60})
     for worker in workers:
         worker.stop()
     assert [row[0] for row in execute(server.database_url, "select distinct preview_tries from user_files")] == [1]
@@ -115,7 +115,7 @@ def test_a_stop_finishes_what_has_begun_and_begins_nothing(server: RunningServer
     assert states(server) == {"ready": 2, "pending": 2}
     assert sorted(tries(server, file_id) for file_id in ids) == [0, 0, 1, 1]
     start_worker()
-    until(lambda: states(server) == {"ready": 4}, timeout_seconds=30)
+    until(lambda: states(server) == {"ready": 4})
 
 
 def test_a_database_that_cuts_everybody_off_is_waited_for(server: RunningServer, start_worker: WorkerFactory) -> None:
@@ -124,12 +124,12 @@ def test_a_database_that_cuts_everybody_off_is_waited_for(server: RunningServer,
             upload(client, image(2_000, seed))
     start_worker(0.05)
     for done in (5, 15):
-        until(lambda: states(server).get("ready", 0) >= done, timeout_seconds=30)  # noqa: B023 - until calls it before the next round
+        until(lambda: states(server).get("ready", 0) >= done)  # noqa: B023 - until calls it before the next round
         execute(
             server.database_url,
             "select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()",
         )
-    until(lambda: states(server) == {"ready": 40}, timeout_seconds=60)
+    until(lambda: states(server) == {"ready": 40})
 
 
 def test_without_its_volume_a_file_waits(server: RunningServer, start_worker: WorkerFactory) -> None:
@@ -137,12 +137,12 @@ def test_without_its_volume_a_file_waits(server: RunningServer, start_worker: Wo
         file_id = upload(client, image(5_000))
     away = server.volume.rename(server.volume.with_name("away"))
     start_worker()
-    until(lambda: execute(server.database_url, "select from pgqueuer where attempts >= 3"), timeout_seconds=40)
+    until(lambda: execute(server.database_url, "select from pgqueuer where attempts >= 3"))
     assert states(server) == {"pending": 1}
     assert tries(server, file_id) == 0
     assert execute(server.database_url, "select from pgqueuer where status = 'failed'") == []
     away.rename(server.volume)
-    until(lambda: states(server) == {"ready": 1}, timeout_seconds=60)
+    until(lambda: states(server) == {"ready": 1})
 
 
 def test_on_a_read_only_volume_a_file_waits(server: RunningServer, start_worker: WorkerFactory) -> None:
@@ -150,10 +150,10 @@ def test_on_a_read_only_volume_a_file_waits(server: RunningServer, start_worker:
         file_id = upload(client, image(5_000))
     execute(server.database_url, "update volumes set state = 'read_only'")
     start_worker()
-    until(lambda: execute(server.database_url, "select from pgqueuer where attempts >= 1"), timeout_seconds=40)
+    until(lambda: execute(server.database_url, "select from pgqueuer where attempts >= 1"))
     assert (states(server), tries(server, file_id)) == ({"pending": 1}, 0)
     execute(server.database_url, "update volumes set state = 'open'")
-    until(lambda: states(server) == {"ready": 1}, timeout_seconds=60)
+    until(lambda: states(server) == {"ready": 1})
 
 
 def test_a_file_deleted_while_its_preview_is_made_leaves_none(server: RunningServer, start_worker: WorkerFactory) -> None:

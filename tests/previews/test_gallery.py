@@ -40,7 +40,7 @@ def test_one_list_request_draws_a_page(server: RunningServer, start_real_worker:
         upload(ada, drawing.pngsave_buffer(), "drawing.png")
         upload(ada, film.read_bytes(), "film.mp4")
         upload(ada, sound.read_bytes(), "sound.mp3")
-        until(lambda: states(server) == {"ready": 4}, timeout_seconds=60)
+        until(lambda: states(server) == {"ready": 4})
         page = ada.get("/api/files", params={"links": 1}).json()["files"]
         files = {file["file_name"]: file for file in page}
         pictures = {

@@ -19,7 +19,7 @@ from server.previews.images import Answer, Job
 from server.previews.making import Unmakeable, Wishes
 from tests.previews.captive import LIES
 from tests.previews.pictures import photo
-from tests.waiting import until
+from tests.waiting import has_ended, until
 
 ALL = "namespaces,files,system calls,limits"
 NOBODY = 65_534
@@ -233,7 +233,7 @@ def test_a_decoder_killed_with_an_image_in_hand_is_broken(tmp_path: Path, which:
         os.kill(decoder if which == "decoder" else grandchildren[0], signal.SIGKILL)
         with pytest.raises(Broken):
             await hanging
-        until(lambda: not Path(f"/proc/{grandchildren[0]}").exists())
+        until(lambda: has_ended(grandchildren[0]))
 
     try:
         asyncio.run(killed())

@@ -132,7 +132,7 @@ def test_every_file_ends_with_its_preview_however_often_the_worker_is_killed(ser
         worker.kill()
     assert states(server)["pending"] > 0
     start_worker()
-    until(lambda: states(server) == {"ready": 200}, timeout_seconds=60)
+    until(lambda: states(server) == {"ready": 200})
     for user_id, user_ids in zip(("ada", "bob"), ids.values(), strict=True):
         assert all(len(previews_of(server, user_id, file_id)) == 2 for file_id in user_ids)
     rows = execute(
@@ -159,11 +159,11 @@ def test_users_take_turns(server: RunningServer, start_worker: WorkerFactory) ->
         # No import, however large, makes the queue long.
         assert len(execute(server.database_url, "select from pgqueuer")) == 255
         start_worker(0.02)
-        until(lambda: states(server).get("ready", 0) >= 1, timeout_seconds=30)
+        until(lambda: states(server).get("ready", 0) >= 1)
         file_id = upload(bob, image(600))
         assert bob.get(f"/api/files/{file_id}", params={"wait": "preview"}).json()["preview_state"] == "ready"
         assert states(server)["pending"] > 200
-        until(lambda: states(server) == {"ready": 301}, timeout_seconds=60)
+        until(lambda: states(server) == {"ready": 301})
 
 
 def test_what_the_workers_did_is_told_to_metrics(server: RunningServer, start_worker: WorkerFactory) -> None:
@@ -173,7 +173,7 @@ def test_what_the_workers_did_is_told_to_metrics(server: RunningServer, start_wo
         with server.client("ada", timeout=40) as client:
             for content in (image(5_000, seed), PNG_START + b"never", video(5_000)):
                 upload(client, content)
-        until(lambda: states(server).get("pending") is None, timeout_seconds=30)
+        until(lambda: states(server).get("pending") is None)
         worker.stop()
     lines = httpx.get(f"{server.url}/metrics").text.splitlines()
     values = {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line.startswith("coffer_preview_duration"))}

@@ -96,7 +96,7 @@ class Load:
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
         """Lets the clients go on until the condition holds."""
-        until(condition, timeout_seconds=60)
+        until(condition)
 
     @property
     def count(self) -> int:

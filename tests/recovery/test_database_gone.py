@@ -36,7 +36,7 @@ def test_requests_fail_fast_and_recover_without_a_restart(start_server: ServerFa
                 assert time.monotonic() - began < 3  # the pass figure of FAULTS 8, not a matter of speed
             assert client.get("/health/ready").status_code == 503 and client.get("/health/live").status_code == 200
             postgres.start()
-            until(lambda: client.get("/health/ready").status_code == 200, timeout_seconds=10)
+            until(lambda: client.get("/health/ready").status_code == 200)
             assert client.get(f"/api/files/{kept}/download").content == image()
             assert client.post("/api/files/upload", content=image(seed=2)).status_code == 201
             usage = client.get("/api/storage/usage").json()
@@ -58,7 +58,7 @@ def test_connections_cut_at_any_moment_lose_nothing(server: RunningServer, delet
                 server.database_url,
                 "select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()",
             )
-    until(lambda: _ready(server), timeout_seconds=10)
+    until(lambda: _ready(server))
     load.journal.check(server)
 
 

@@ -52,5 +52,5 @@ def test_a_crashed_uploads_quota_comes_back_and_its_bytes_go(server: RunningServ
             assert client.get("/api/storage/usage").json()["reserved_bytes"] == 5_000_000
             server.kill()
         server.start()
-        until(lambda: client.get("/api/storage/usage").json()["reserved_bytes"] == 0, timeout_seconds=60)
-        until(lambda: server.incoming() == [], timeout_seconds=60)
+        until(lambda: client.get("/api/storage/usage").json()["reserved_bytes"] == 0)
+        until(lambda: server.incoming() == [])

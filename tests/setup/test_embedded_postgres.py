@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from ops.embedded_postgres import EmbeddedPostgres, EmbeddedPostgresError, binaries_for, processes_in
-from tests.waiting import until
+from tests.waiting import has_ended, until
 
 # A supervisor in a process of its own, so that it can be killed. It prints its PostgreSQL's pid and URL, then waits.
 SUPERVISOR = """
@@ -145,7 +145,7 @@ def test_it_ends_with_its_parent_and_comes_back_with_everything_committed(data_d
     with supervised(data_directory) as (supervisor, pid, url):
         answer(url, "CREATE TABLE survived_parent AS SELECT 1 AS value")
         supervisor.kill()
-        until(lambda: not Path(f"/proc/{pid}").exists(), 20)
+        until(lambda: has_ended(pid))
     with started(data_directory) as (_, url):
         assert answer(url, "SELECT value FROM survived_parent") == "1"
 

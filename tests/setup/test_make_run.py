@@ -16,7 +16,7 @@ import pytest
 
 from tests.samples import image
 from tests.serving import execute
-from tests.waiting import until
+from tests.waiting import has_ended, until
 
 START_SECONDS = 60
 
@@ -77,7 +77,7 @@ def stop(data: Path) -> subprocess.CompletedProcess[str]:
 
 
 def until_gone(pids: dict[str, int]) -> None:
-    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids.values()), 30)
+    until(lambda: all(has_ended(pid) for pid in pids.values()))
 
 
 def shell(commands: str, directory: Path) -> str:

@@ -378,8 +378,8 @@ def test_an_expired_upload_is_gone(tus: RunningServer, user: httpx.Client) -> No
     expire(tus, path)
     assert head(user, path).status_code == 410
     assert code(patch(user, path, 500, BODY[500:1_000])) == code(delete(user, path)) == (410, "upload_expired")
-    until(lambda: usage(user) == (0, 0), timeout_seconds=30)
-    until(lambda: str(upload_id(path)) not in tus.incoming(), timeout_seconds=30)
+    until(lambda: usage(user) == (0, 0))
+    until(lambda: str(upload_id(path)) not in tus.incoming())
     assert head(user, path).status_code == 410
 
 

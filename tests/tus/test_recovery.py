@@ -335,7 +335,7 @@ def test_a_database_that_restarts_costs_an_upload_nothing(start_server: ServerFa
             uploading = PersistentUpload([server.url], headers, body, piece_bytes=100_000)
             running = pool.submit(uploading.run)
             for at in (1_000_000, 3_000_000):
-                until(lambda: uploading.furthest_bytes > at or running.done(), timeout_seconds=60)  # noqa: B023
+                until(lambda: uploading.furthest_bytes > at or running.done())  # noqa: B023
                 postgres.stop()
                 postgres.start()
             running.result()
