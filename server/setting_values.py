@@ -90,6 +90,13 @@ def base_url(text: str) -> str:
     return text.rstrip("/")
 
 
+def internal_path(text: str) -> str:
+    """A path of nginx's that none of its clients reaches, without a slash at its end."""
+    if text and not re.fullmatch(r"(/[A-Za-z0-9_-]+)+/?", text):
+        raise ValueError("say /a/path of letters, digits, hyphens and underscores")
+    return text.rstrip("/")
+
+
 # Asymmetric ones only: whoever can check an HS* token can make one, and `none` is no signature (RFC 8725, sections 2.1 and 3.2).
 TokenAlgorithm = Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]
 _Text = Annotated[str, Meta(min_length=1, max_length=1024)]

@@ -169,6 +169,12 @@ class Settings:
         "How they name it: `x-forwarded-for` (with X-Forwarded-Proto) or `forwarded` (RFC 7239). The other one is ignored.",
         read=values.one_of("x-forwarded-for", "forwarded"),
     )
+    accel_redirect_prefix: str = setting(
+        "",
+        "Where nginx, as a trusted proxy, finds the volumes by their ids, e.g. /coffer-volumes: downloads through it then send no bytes "
+        "but X-Accel-Redirect. Empty: off.",
+        read=values.internal_path,
+    )
     cors_origins: tuple[str, ...] = setting(
         (), "Origins whose pages may call the API and use links, e.g. https://app.example.com; `*` for any.", read=values.origins
     )
@@ -193,6 +199,9 @@ class Settings:
     )
     slow_download_grace_seconds: int = setting(
         60, "After how long a client that takes no byte of its answer is cut off.", read=values.whole, at_least=1
+    )
+    sendfile: bool = setting(
+        True, "Have the kernel send files by itself. Off: they are read and sent, at several times the processor time.", read=values.boolean
     )
     rate_per_user: Rate | None = setting(
         Rate(60_000, 60), "Requests for one user with one key, as requests/seconds; `off` for any number. See Limits.", read=values.rate

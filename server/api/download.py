@@ -4,44 +4,81 @@ import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, quote
 from uuid import UUID
 
 from server.api.door import admit, check_kinds
+from server.api.proxies import BY_PROXY
+from server.api.sendfile import EXTENSION, HEAD_WAITS
 from server.api.services import Services
 from server.auth import Scope
 from server.delivery import Answer, Body, Delivery
 from server.delivery.headers import Disposition
 from server.errors import InvalidRequest, TooSlow
+from server.settings import Settings
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+
+_JUDGED_BY_NGINX = frozenset({b"if-match", b"if-unmodified-since"})
+_LEFT_TO_NGINX = frozenset({b"content-length", b"content-range", b"accept-ranges"})
 
 
 async def download(services: Services, file_id: UUID, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
     """Answers with the file's bytes: whole, one range, or none when the client has them already (`server/delivery/`).
 
     `?disposition=inline|attachment` says how a browser is to treat them. Memory holds two reads at most, whatever the
-    file's size. If the bytes turn out to be fewer than promised, `Damaged` is raised in mid-answer: the caller must leave
-    the answer incomplete, so that no client takes it for whole.
+    file's size, and none where the server sends files by itself. If the bytes turn out to be fewer than promised, `Damaged` is
+    raised in mid-answer: the caller must leave the answer incomplete, so that no client takes it for whole.
     """
     principal = await admit(services, scope, Scope.FILES_READ)
     await check_kinds(services, principal, file_id)
     disposition = _disposition(scope["query_string"])
-    answer = await services.delivery.open(principal.owner, file_id, scope["method"], joined_headers(scope), disposition)
-    await send_answer(services.delivery, answer, receive, send)
+    unread = sends_unread(services.settings, scope)
+    answer = await services.delivery.open(principal.owner, file_id, scope["method"], joined_headers(scope), disposition, unread=unread)
+    await send_answer(services, answer, scope, receive, send)
 
 
-async def send_answer(delivery: Delivery, answer: Answer, receive: Receive, send: Send) -> None:
-    """Sends an answer and closes it. Raises as `download` when the bytes run out."""
+def sends_unread(settings: Settings, scope: MutableMapping[str, Any]) -> bool:
+    """Whether no byte of a file has to be read here: the server under us sends files by itself, or nginx in front does."""
+    return EXTENSION in scope.get("extensions", ()) or _nginx_sends(settings, scope)
+
+
+def _nginx_sends(settings: Settings, scope: MutableMapping[str, Any]) -> bool:
+    """Whether the bytes may be left to nginx. Where they lie is told to nobody but a trusted proxy.
+
+    nginx takes care of `Range` and `If-Range` by itself: what lies under a path never changes. But it would judge these two once more, by
+    the file's date, so requests that have them are answered here.
+    """
+    return bool(
+        settings.accel_redirect_prefix
+        and scope.get("state", {}).get(BY_PROXY)
+        and _JUDGED_BY_NGINX.isdisjoint(name for name, _ in scope["headers"])
+    )
+
+
+async def send_answer(services: Services, answer: Answer, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    """Sends an answer, which was opened as `sends_unread` says, and closes it. Raises as `download` when the bytes run out."""
     try:
         headers = [(name.encode("ascii"), value.encode("ascii")) for name, value in answer.headers]
-        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        start: Message = {"type": "http.response.start", "status": answer.status, "headers": headers}
         if answer.body is None:
+            await send(start)
             await send({"type": "http.response.body", "body": b""})
+        elif _nginx_sends(services.settings, scope):
+            path = f"{services.settings.accel_redirect_prefix}/{answer.body.volume_id}/{quote(answer.body.path)}"
+            kept = [each for each in headers if each[0] not in _LEFT_TO_NGINX]
+            start["status"], start["headers"] = 200, [*kept, (b"content-length", b"0"), (b"x-accel-redirect", path.encode("ascii"))]
+            await send(start)
+            await send({"type": "http.response.body", "body": b""})
+        elif EXTENSION in scope.get("extensions", ()):
+            start[HEAD_WAITS] = True
+            await send(start)
+            await send({"type": EXTENSION, "file": answer.body.file, "offset": answer.body.offset, "count": answer.body.length})
         else:
-            await _send_bytes(delivery, answer.body, receive, send)
+            await send(start)
+            await _send_bytes(services.delivery, answer.body, receive, send)
     finally:
         if answer.body is not None:
             answer.body.close()

@@ -27,6 +27,7 @@ from server.api.linked import download_by_link, download_public
 from server.api.pace import PATIENCE, PacedBody
 from server.api.problems import HttpRefusal, Problem
 from server.api.proxies import Proxies
+from server.api.sendfile import EXTENSION, SENDFILE, ClientGone
 from server.api.services import Services
 from server.api.streams import STREAMS
 from server.api.upload import replace, upload, upload_by_link
@@ -95,6 +96,7 @@ class Front:
         await receive()
         scope["state"][PATIENCE] = self._services.settings
         scope["state"][STREAMS] = self._services.streams
+        scope["state"][SENDFILE] = self._services.settings.sendfile
         try:
             async with self._running():
                 await send({"type": "lifespan.startup.complete"})
@@ -320,6 +322,9 @@ class _Exchange:
         return message
 
     async def send(self, message: Message) -> None:
+        if message["type"] == EXTENSION:
+            await self._send_file(message)
+            return
         if message["type"] == "http.response.body":
             self.bytes_out += len(message.get("body", b""))
             self.complete = not message.get("more_body", False)
@@ -333,6 +338,16 @@ class _Exchange:
                 *self._added,
             ]
         await self._raw_send(message)
+
+    async def _send_file(self, message: Message) -> None:
+        try:
+            await self._raw_send(message)
+        except ClientGone as gone:
+            self.client_gone = True
+            self.bytes_out += gone.sent_bytes
+            raise
+        self.bytes_out += message["count"]
+        self.complete = True
 
 
 def _request_id(scope: ASGIScope) -> str:

@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Awaitable, Callable, MutableMapping
+from functools import partial
 from typing import Any
 
 from server.api.door import act_in
-from server.api.download import joined_headers, send_answer
+from server.api.download import joined_headers, send_answer, sends_unread
 from server.api.services import Services
 from server.delivery.links import link_cache_control
 from server.errors import LinkInvalid, NotFound
@@ -14,6 +15,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
+_CONDITIONS = frozenset({b"range", b"if-range", b"if-match", b"if-none-match", b"if-modified-since", b"if-unmodified-since"})
 _PUBLIC_ID = re.compile(r"[A-Za-z0-9_-]{22}")
 
 
@@ -26,11 +28,25 @@ async def download_by_link(services: Services, rest: str, scope: MutableMapping[
     token, slash, segment = rest.partition("/")
     if not slash or scope["query_string"]:
         raise LinkInvalid
+    unread = sends_unread(services.settings, scope)
+    # An answer that was kept is to a GET, of a whole file that is sent unread; reads that are to be recorded all go the long way.
+    keeps = (
+        unread
+        and scope["method"] == "GET"
+        and not services.settings.audit_reads
+        and _CONDITIONS.isdisjoint(each[0] for each in scope["headers"])
+    )
+    if keeps and (answer := services.recent_links.find(rest, partial(link_cache_control, services.settings.link_cache))) is not None:
+        await send_answer(services, answer, scope, receive, send)
+        return
+    asked_at = services.recent_links.now()
     link = services.links.verify_download(token, segment)
     act_in(scope, "download_link", str(link.id))
     cache = link_cache_control(services.settings.link_cache, link.expires_at)
-    answer = await services.delivery.open_linked(link, scope["method"], joined_headers(scope), cache)
-    await send_answer(services.delivery, answer, receive, send)
+    answer = await services.delivery.open_linked(link, scope["method"], joined_headers(scope), cache, unread=unread)
+    if keeps and link.preview is None:  # what revokes a link to a preview is the name of its original
+        services.recent_links.keep(rest, link.expires_at, asked_at, answer)
+    await send_answer(services, answer, scope, receive, send)
 
 
 async def download_public(services: Services, rest: str, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -38,6 +54,7 @@ async def download_public(services: Services, rest: str, scope: MutableMapping[s
     if not _PUBLIC_ID.fullmatch(rest):
         raise NotFound
     act_in(scope, "public_link", None)
+    unread = sends_unread(services.settings, scope)
     cache = f"public, max-age={services.settings.public_max_age_seconds}, no-transform"
-    answer = await services.delivery.open_public(rest, scope["method"], joined_headers(scope), cache)
-    await send_answer(services.delivery, answer, receive, send)
+    answer = await services.delivery.open_public(rest, scope["method"], joined_headers(scope), cache, unread=unread)
+    await send_answer(services, answer, scope, receive, send)

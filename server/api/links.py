@@ -156,6 +156,7 @@ async def revoke_user_links(request: Http) -> None:
     if principal_of(request).kinds is not None:
         raise Forbidden(Scope.LINKS_WRITE)
     await ledger.raise_link_epoch(services_of(request).db, principal_of(request).owner)
+    services_of(request).recent_links.clear()
 
 
 @put("/files/{file_id:uuid}/public", guards=[needs(Scope.LINKS_WRITE)])

@@ -12,7 +12,7 @@ import termios
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from server.api.protocol import UploadProtocol
+from server.api.sendfile import SendfileProtocol
 from server.api.streams import STREAMS
 from server.errors import TooSlow
 from server.settings import Settings
@@ -112,7 +112,7 @@ class PacedBody:
             self._task.cancel()
 
 
-class PatientProtocol(UploadProtocol):
+class PatientProtocol(SendfileProtocol):
     """Hangs up on whoever does not finish a request's head, dribbles the rest of a body that was refused, or takes none of its answer.
 
     One timer per connection looks at it a few times per grace; a request costs a reading of the clock.
@@ -203,7 +203,7 @@ class PatientProtocol(UploadProtocol):
         The kernel takes more from us only once a third of its buffer, which may be megabytes, is free again. By our own bytes alone
         a slow client would seem to take nothing meanwhile.
         """
-        waiting_bytes: int = self.transport.get_write_buffer_size()
+        waiting_bytes = self.unsent_bytes()
         if waiting_bytes == 0:
             return 0
         (sent_bytes,) = struct.unpack("i", fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4)))

@@ -40,6 +40,9 @@ class UploadProtocol(HttpToolsProtocol):
 
     def _refuse(self, error: Exception) -> None:
         """Answers with problem+json and hangs up. No request has come of it, so the front neither sees, counts nor logs it."""
+        if self._is_being_answered():
+            self.transport.abort()  # what is said now would stand within the body of an answer
+            return
         request_id = str(uuid7())
         problem = Problem.of(error, request_id)
         problem.headers["connection"] = "close"
@@ -48,6 +51,10 @@ class UploadProtocol(HttpToolsProtocol):
         lines = [b"%b: %b\r\n" % each for each in headers]
         self.transport.write(b"".join([STATUS_LINE[problem.status], *lines, b"\r\n", problem.body]))
         self.transport.close()
+
+    def _is_being_answered(self) -> bool:
+        """An answer has begun and not ended."""
+        return bool(self.pipeline) or (self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete)
 
     def on_message_begin(self) -> None:
         """A request's first byte has come; until `on_headers_complete` its headers are taken."""

@@ -12,6 +12,8 @@ from typing import Any
 
 from server.settings import Settings
 
+BY_PROXY = "by_proxy"  # under this name a request's state says that a trusted proxy passed it on, and said for whom
+
 Address = IPv4Address | IPv6Address
 
 # Read here or by nobody. No handler ever sees them, so none can come to depend on what a client may have made up.
@@ -60,6 +62,7 @@ class Proxies:
         # Who has no address (a Unix socket) cannot be told from anybody else on this machine, and is not believed.
         if self._trusted and client is not None and self._trusts(client[0]):
             self._believe(scope, headers)
+            scope.setdefault("state", {})[BY_PROXY] = True
         scope["headers"] = kept
 
     def _believe(self, scope: MutableMapping[str, Any], headers: list[tuple[bytes, bytes]]) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from server.api.limits import Limits
 from server.api.streams import Streams
 from server.auth import Authenticator
-from server.delivery import Delivery, Links
+from server.delivery import Delivery, Links, RecentLinks
 from server.intake import Intake, Scanner
 from server.ledger import Database, Notices
 from server.metrics import Metrics
@@ -27,5 +27,6 @@ class Services:
     limits: Limits
     notices: Notices
     scanner: Scanner | None = None
+    recent_links: RecentLinks = field(default_factory=RecentLinks)
     streams: Streams = field(default_factory=Streams)
     metrics: Metrics = field(default_factory=Metrics)

@@ -5,6 +5,7 @@
 
 from server.delivery.links import Links
 from server.delivery.previews import AwaitedPreviews
+from server.delivery.recent import RecentLinks
 from server.delivery.service import Answer, Body, Delivery
 
-__all__ = ["Answer", "AwaitedPreviews", "Body", "Delivery", "Links"]
+__all__ = ["Answer", "AwaitedPreviews", "Body", "Delivery", "Links", "RecentLinks"]

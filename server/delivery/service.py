@@ -2,7 +2,9 @@
 
 import logging
 import os
+import stat
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from uuid import UUID
 
@@ -38,13 +40,16 @@ class Body:
     """Which bytes to send, from a file that stays open until `close`.
 
     `first` are its first bytes, at most `READ_BYTES`, read in the same hop that opened the file: for small files that
-    saved a fifth of all time, and a disk that cannot read is known before the answer has begun.
+    saved a fifth of all time, and a disk that cannot read is known before the answer has begun. There are none for a caller who has the
+    file sent without reading it.
     """
 
     file: Handle | None
     offset: int
     length: int
     first: bytes
+    volume_id: UUID
+    path: str
 
     def close(self) -> None:
         """Lets go of the file and of the bytes. A thread that is still reading keeps the file open until it is done."""
@@ -58,6 +63,15 @@ class Answer:
     status: int
     headers: list[tuple[str, str]]
     body: Body | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What a request asks for, and how its answer takes the bytes."""
+
+    method: str
+    headers: Mapping[str, str]
+    unread: bool
 
 
 class Delivery:
@@ -78,23 +92,34 @@ class Delivery:
         """
         self.link_epochs: dict[str, int] = {}  # by user directory, as last heard from the database
         self._db = db
+        self._lookups = ledger.FileLookups(db)
         self._vault = vault
         self._previews = previews
         self._link_resource_policy = link_resource_policy
         self._audit_reads = audit_reads
 
     async def open(
-        self, user_id: str, file_id: UUID, method: str, headers: Mapping[str, str], disposition: Disposition | None = None
+        self,
+        user_id: str,
+        file_id: UUID,
+        method: str,
+        headers: Mapping[str, str],
+        disposition: Disposition | None = None,
+        *,
+        unread: bool = False,
     ) -> Answer:
         """The answer to a GET or HEAD of a user's file. `headers` are the request's, names in lower case, repeats joined by `, `.
 
+        With `unread` the body holds no bytes yet, for a caller who needs the file alone.
         Raises `NotFound`, `PreconditionFailed`, `RangeNotSatisfiable`, `Damaged` when the row's file is missing or has
         another length, `VolumeUnavailable` and `DatabaseUnavailable`.
         """
         how = Presentation(disposition)
-        return await self._open(lambda: ledger.get_file(self._db, user_id, file_id), method, headers, how)
+        return await self._open(lambda: self._lookups.owned(user_id, file_id), _Asked(method, headers, unread), how)
 
-    async def open_linked(self, link: LinkedFile, method: str, headers: Mapping[str, str], cache_control: str) -> Answer:
+    async def open_linked(
+        self, link: LinkedFile, method: str, headers: Mapping[str, str], cache_control: str, *, unread: bool = False
+    ) -> Answer:
         """The answer to the holder of a signed link. Never other bytes than those that the link was made for.
 
         While the database is away the link itself says what the row would, so links are served all the same; a file that is
@@ -102,22 +127,21 @@ class Delivery:
         `NoPreview` and `PreviewPending`.
         """
         how = Presentation(link.disposition, link.file_name, cache_control, self._link_resource_policy)
+        asked = _Asked(method, headers, unread)
         if link.preview is not None:
-            return await self._open_preview(link, link.preview, method, headers, how)
+            return await self._open_preview(link, link.preview, asked, how)
         try:
-            return await self._open(
-                lambda: ledger.get_linked_file(self._db, link.id, link.generation, link.link_epoch), method, headers, how
-            )
+            return await self._open(lambda: self._lookups.linked(link.id, link.generation, link.link_epoch), asked, how)
         except DatabaseUnavailable:
             if (trusted := self._without_database(link)) is None:
                 raise
             try:
-                return await self._answer(trusted, method, headers, how)
+                return await self._answer(trusted, asked, how)
             except FileNotFoundError as problem:
                 raise NotFound from problem
 
-    async def _open_preview(self, link: LinkedFile, signed: str, method: str, headers: Mapping[str, str], how: Presentation) -> Answer:
-        name, varies = negotiated(signed, headers.get("accept"))
+    async def _open_preview(self, link: LinkedFile, signed: str, asked: "_Asked", how: Presentation) -> Answer:
+        name, varies = negotiated(signed, asked.headers.get("accept"))
         saved_as = link.file_name
         if saved_as.endswith(signed):  # unless whoever made the link has named it otherwise
             saved_as = saved_as.removesuffix(signed) + name
@@ -125,13 +149,13 @@ class Delivery:
         try:
             found = await self._previews.find(link, name)
             try:
-                return await self._recorded(found, await self._answer(found, method, headers, how))
+                return await self._recorded(found, await self._answer(found, asked, how))
             except (FileNotFoundError, Damaged):
                 log.warning("a preview is missing and will be made again", extra={"file_id": str(link.id), "file_path": found.file_path})
                 await self._previews.make_again(found)
             found = await self._previews.find(link, name)
             try:
-                return await self._recorded(found, await self._answer(found, method, headers, how))
+                return await self._recorded(found, await self._answer(found, asked, how))
             except FileNotFoundError as problem:
                 raise Damaged from problem
         except DatabaseUnavailable:
@@ -140,7 +164,7 @@ class Delivery:
             try:
                 # The original's generation is what revokes its links, so it must be there.
                 await self._vault.run(_is_stored, self._vault.volume(trusted.volume_id), trusted.file_path)
-                return await self._answer(from_link(trusted, name), method, headers, how)
+                return await self._answer(from_link(trusted, name), asked, how)
             except FileNotFoundError as problem:
                 raise NotFound from problem
 
@@ -151,25 +175,27 @@ class Delivery:
             return None
         return msgspec.structs.replace(link, volume_id=volume_id)
 
-    async def open_public(self, public_id: str, method: str, headers: Mapping[str, str], cache_control: str) -> Answer:
+    async def open_public(
+        self, public_id: str, method: str, headers: Mapping[str, str], cache_control: str, *, unread: bool = False
+    ) -> Answer:
         """The answer to whoever knows a public file's URL. Raises as `open`."""
         how = Presentation(None, None, cache_control, self._link_resource_policy)
-        return await self._open(lambda: ledger.get_public_file(self._db, public_id), method, headers, how)
+        return await self._open(lambda: ledger.get_public_file(self._db, public_id), _Asked(method, headers, unread), how)
 
     async def refresh_link_epochs(self) -> None:
         """Remembers whose links have been revoked, for when the database cannot be asked. Called by housekeeping."""
         self.link_epochs = {user_directory(user_id): epoch for user_id, epoch in (await ledger.link_epochs(self._db)).items()}
 
-    async def _open(self, find: Callable[[], Awaitable[File]], method: str, headers: Mapping[str, str], how: Presentation) -> Answer:
+    async def _open(self, find: Callable[[], Awaitable[File]], asked: "_Asked", how: Presentation) -> Answer:
         file = await find()
         try:
-            return await self._recorded(file, await self._answer(file, method, headers, how))
+            return await self._recorded(file, await self._answer(file, asked, how))
         except FileNotFoundError:
             # Replaced or deleted between the look at the row and the look at the disk: then the row says so by now.
             again = await find()
         try:
             if (again.volume_id, again.file_path) != (file.volume_id, file.file_path):
-                return await self._recorded(again, await self._answer(again, method, headers, how))
+                return await self._recorded(again, await self._answer(again, asked, how))
         except FileNotFoundError:
             pass
         log.error(
@@ -186,7 +212,8 @@ class Delivery:
                 raise
         return answer
 
-    async def _answer(self, file: Stored, method: str, headers: Mapping[str, str], how: Presentation) -> Answer:
+    async def _answer(self, file: Stored, asked: "_Asked", how: Presentation) -> Answer:
+        method, headers = asked.method, asked.headers
         tag = etag(file.sha256, how.preview)
         if evaluate(method, headers, tag, file.content_changed_at) is Outcome.NOT_MODIFIED:
             return Answer(304, validator_headers(file, how), None)
@@ -196,9 +223,12 @@ class Delivery:
         part = self._part(file, size_bytes, tag, method, headers)
         whole = part is None
         part = part or ByteRange(0, size_bytes)
-        first_bytes = min(part.length, READ_BYTES) if method == "GET" else 0
-        opened, first = await self._vault.run(_open, self._vault.volume(file.volume_id), file, size_bytes, part.offset, first_bytes)
-        body = Body(opened, part.offset, part.length, first)
+        first_bytes = min(part.length, READ_BYTES) if method == "GET" and not asked.unread else 0
+        volume = self._vault.volume(file.volume_id)
+        opened, first = _open_at_once(volume, file, size_bytes) if asked.unread else None, b""
+        if opened is None:
+            opened, first = await self._vault.run(_open, volume, file, size_bytes, part.offset, first_bytes)
+        body = Body(opened, part.offset, part.length, first, volume.id, file.file_path)
         if opened is None or len(first) != first_bytes:
             body.close()
             raise Damaged
@@ -243,6 +273,16 @@ def _is_stored(volume: Volume, path: str) -> None:
 def _size_of(volume: Volume, path: str) -> int:
     opened = Handle(volume.open_stored(path))
     return os.fstat(opened.fd).st_size
+
+
+def _open_at_once(volume: Volume, file: Stored, expected_bytes: int) -> Handle | None:
+    """The file, if it is what its row says and nothing needs to be waited for. Otherwise `_open` finds out, and tells."""
+    with suppress(ValueError, VolumeUnavailable):
+        if (fd := volume.open_at_once(file.file_path)) is not None:
+            opened = Handle(fd)
+            facts = os.fstat(fd)
+            return opened if facts.st_size == expected_bytes and stat.S_ISREG(facts.st_mode) else None
+    return None
 
 
 def _open(volume: Volume, file: Stored, expected_bytes: int, offset: int, length: int) -> tuple[Handle | None, bytes]:

@@ -7,7 +7,6 @@ from server.ledger.files import (
     find_file_by_idempotency_key,
     get_file,
     get_files,
-    get_linked_file,
     get_public_file,
     ids_of_kinds,
     publish_file,
@@ -20,6 +19,7 @@ from server.ledger.files import (
 )
 from server.ledger.keys import create_api_key, find_api_key, list_api_keys, note_api_keys_used, revoke_api_key, rotate_api_key
 from server.ledger.listing import list_files
+from server.ledger.lookups import FileLookups
 from server.ledger.migrations import MigrationError, migrate, pending
 from server.ledger.models import (
     PREVIEW_BOUNDS_SECONDS,
@@ -137,6 +137,7 @@ __all__ = [
     "Database",
     "EvictedPreview",
     "File",
+    "FileLookups",
     "FilePage",
     "FileQuery",
     "Finished",
@@ -190,7 +191,6 @@ __all__ = [
     "forget_published_upload",
     "get_file",
     "get_files",
-    "get_linked_file",
     "get_linked_preview",
     "get_previews",
     "get_previews_of_many",

@@ -27,7 +27,6 @@ _TAGS = statement("set_tags", file=FILE_COLUMNS)
 _IDS_OF_KINDS = statement("ids_of_kinds")
 _DELETE = statement("delete_files")
 _GET_MANY = statement("get_files", file=FILE_COLUMNS)
-_LINKED = statement("get_linked_file", file=FILE_COLUMNS)
 _PUBLIC = statement("get_public_file", file=FILE_COLUMNS)
 _SET_PUBLIC = statement("set_public", file=FILE_COLUMNS)
 _RENAME_GENERATION = statement("rename_generation", file=FILE_COLUMNS)
@@ -154,11 +153,6 @@ async def get_files(db: Database, user_id: str, ids: Sequence[UUID]) -> dict[UUI
     """Those of the user's files that `ids` name."""
     files = map(file_of, await db.read(_GET_MANY, user_id, list(ids)))
     return {file.id: file for file in files}
-
-
-async def get_linked_file(db: Database, file_id: UUID, generation: int, link_epoch: int) -> File:
-    """The file that a link names. Raises `NotFound` when it is gone, replaced, or its links are revoked."""
-    return _one(await db.read(_LINKED, file_id, generation, link_epoch))
 
 
 async def get_public_file(db: Database, public_id: str) -> File:

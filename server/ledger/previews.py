@@ -117,7 +117,7 @@ async def get_previews_of_many(db: Database, user_id: str, ids: Sequence[UUID]) 
 
 
 async def get_linked_preview(db: Database, file_id: UUID, generation: int, link_epoch: int, name: str) -> LinkedPreview:
-    """The file that a link names, and its preview called `name` if there is one. Raises `NotFound` as `get_linked_file`."""
+    """The file that a link names, and its preview called `name` if there is one. Raises `NotFound` as `FileLookups.linked`."""
     rows = await db.read(_LINKED, file_id, generation, link_epoch, name)
     if not rows:
         raise NotFound

@@ -11,6 +11,7 @@ from typing import Literal
 from uuid import UUID
 
 from server.errors import CofferError, Damaged, VolumeFull, VolumeReadOnly, VolumeUnavailable
+from server.vault.cached import open_cached
 from server.vault.layout import INCOMING, USERS, checked, checked_preview_name, checked_previews, checked_readable, is_previews
 from server.vault.sentinel import read_sentinel
 
@@ -38,9 +39,13 @@ class Handle:
     def __del__(self) -> None:
         os.close(self.fd)
 
+    def fileno(self) -> int:
+        """As files have it."""
+        return self.fd
+
 
 class Volume:
-    """A volume that a row of `volumes` names. All methods but the properties may block: run them in the vault's threads.
+    """A volume that a row of `volumes` names. All methods but the properties and `open_at_once` may block: run them in the vault's threads.
 
     Its state is looked at by `probe`, every second. Paths are opened relative to a handle held since it was found to be
     mounted, component by component and never through a symbolic link. Several threads may use a volume at once.
@@ -245,6 +250,13 @@ class Volume:
             return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
         finally:
             os.close(parent)
+
+    def open_at_once(self, path: str) -> int | None:
+        """As `open_stored`, for the event loop: None when the disk or a closer look is needed, whatever it may find.
+
+        Raises `VolumeUnavailable`, and `ValueError` for what is no path of ours.
+        """
+        return open_cached(self.root().fd, checked_readable(path))
 
     def name_again(self, path: str, new_path: str) -> None:
         """Gives a stored file a second name, in the same directory, durably. Raises `FileExistsError` and `FileNotFoundError`.

@@ -158,11 +158,16 @@ select file_id, tombstone_id, volume_id, file_path from delete_files_v2($1, $2, 
 -- Those of the ids that are the user's.
 select {file} from user_files where user_id = $1 and id = any ($2);
 
--- name: get_linked_file
--- The file that a link names, if its links have not been revoked, neither by generation nor by its user's epoch.
-select {file} from user_files f
- where f.id = $1 and f.generation = $2
-   and exists (select from user_storage u where u.user_id = f.user_id and u.link_epoch = $3 and u.erasing_at is null);
+-- name: get_files_of_users
+-- Those of the ids that belong to the user in the same place.
+select {file} from unnest($1::text[], $2::uuid[]) w (wanted_user, wanted_id)
+  join user_files f on f.user_id = w.wanted_user and f.id = w.wanted_id;
+
+-- name: get_linked_files
+-- The files that links name, if their links have not been revoked, neither by generation nor by their user's epoch.
+select {file}, wanted_epoch from unnest($1::uuid[], $2::integer[], $3::integer[]) w (wanted_id, wanted_generation, wanted_epoch)
+  join user_files f on f.id = w.wanted_id and f.generation = w.wanted_generation
+ where exists (select from user_storage u where u.user_id = f.user_id and u.link_epoch = w.wanted_epoch and u.erasing_at is null);
 
 -- name: get_public_file
 -- The file of a public URL.

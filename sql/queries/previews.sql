@@ -10,7 +10,7 @@ select file_id, variant, file_name, mime_type, width, height, size_bytes
   from previews where user_id = $1 and file_id = any ($2) and not on_demand order by file_id, width, variant;
 
 -- name: get_linked_preview
--- The file that a link names, as get_linked_file, and what is known of its preview of a name ($4). `used_lately`: within the last hour.
+-- The file that a link names, as get_linked_files, and what is known of its preview of a name ($4). `used_lately`: within the last hour.
 select {file}, preview_variant, preview_mime_type, preview_width, preview_height, preview_size_bytes, preview_on_demand, used_lately
   from user_files f
   left join lateral (select p.variant as preview_variant, p.mime_type as preview_mime_type, p.width as preview_width,

@@ -345,6 +345,23 @@ def test_who_reads_nothing_is_cut_off(server: RunningServer, large: str) -> None
             until_hung_up(connection)
 
 
+def test_who_comes_after_those_that_were_cut_off_is_served(server: RunningServer, large: str) -> None:
+    """On descriptors with the numbers of theirs, which nobody may still be waiting for."""
+    stalled = [connect(server, receive_bytes=4_096) for _ in range(4)]
+    for connection in stalled:
+        download(server, connection, large, "stalled")
+    for connection in stalled:
+        until(lambda connection=connection: open_connections(server, connection) == 0)  # type: ignore[misc]
+        connection.close()
+    expected = image(32 * MIB)
+    for _ in range(4):
+        with closing(connect(server)) as connection, connection.makefile("rb") as stream:
+            download(server, connection, large, "comes-after")
+            while stream.readline().strip():
+                pass
+            assert stream.read(32 * MIB) == expected
+
+
 def test_an_answer_that_was_complete_for_the_handler_is_cut_off_too(server: RunningServer) -> None:
     """Its last bytes wait in memory for a client that never takes them, also once the connection is to be closed."""
     with server.client("reader") as client:

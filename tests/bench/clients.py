@@ -24,11 +24,6 @@ def send_large(server: Server, requests: Sequence[Request], body: Path, *, as_fo
     return _curl(server, [(request, how) for request in requests])
 
 
-def fetch_large(server: Server, requests: Sequence[Request]) -> float:
-    """Fetches with every request, all at once. Returns the seconds."""
-    return _curl(server, [(request, []) for request in requests])
-
-
 def _curl(server: Server, jobs: Sequence[tuple[Request, Sequence[str | Path]]]) -> float:
     commands = []
     for number, (request, how) in enumerate(jobs):

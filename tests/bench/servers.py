@@ -2,8 +2,6 @@
 
 import json
 import os
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -15,6 +13,7 @@ from urllib.request import Request as HttpRequest
 from urllib.request import urlopen
 
 from tests.bench.processes import START_SECONDS, BenchError, check_alive, cpu_seconds, free_port, running, wait_for_port
+from tests.bench.programs import debian_program
 
 GIB = 2**30
 
@@ -116,7 +115,7 @@ def bare(scratch: Path) -> Iterator[Peer]:
 @contextmanager
 def nginx(scratch: Path) -> Iterator[Peer]:
     """nginx with its DAV module: it receives into a temporary file and renames it, without hashing or syncing."""
-    program = _nginx_program(scratch)
+    program = debian_program("nginx", "usr/sbin/nginx", scratch)
     directory, port, log = scratch / "nginx", free_port(), scratch / "nginx.log"
     (directory / "root").mkdir(parents=True)
     # As root nginx would hand its workers to a user who cannot write here.
@@ -136,19 +135,3 @@ def nginx(scratch: Path) -> Iterator[Peer]:
     with running([program, "-e", "stderr", "-p", directory, "-c", directory / "nginx.conf"], log) as process:
         wait_for_port(port, process, log)
         yield Peer(port, process.pid, directory / "root")
-
-
-def _nginx_program(scratch: Path) -> str:
-    """The system's nginx, or one unpacked from Debian's package: installing that would start a service."""
-    if found := shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin"):
-        return found
-    if not shutil.which("apt-get"):
-        raise BenchError("nginx is not installed")
-    unpacked = scratch / "nginx-package"
-    unpacked.mkdir()
-    unpacked.chmod(0o777)  # apt fetches as its own user where it can
-    steps = (["apt-get", "download", "nginx"], ["sh", "-c", "dpkg-deb -x nginx_*.deb ."])
-    for attempt in (steps, (["apt-get", "update"], *steps)) if os.geteuid() == 0 else (steps,):
-        if all(subprocess.run(step, cwd=unpacked, capture_output=True, check=False).returncode == 0 for step in attempt):
-            return str(unpacked / "usr/sbin/nginx")
-    raise BenchError("nginx is not installed and its package cannot be fetched (apt-get install nginx-light)")

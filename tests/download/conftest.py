@@ -52,7 +52,7 @@ class Shelf:
     def path(self, file: File) -> Path:
         return self.mount / file.file_path
 
-    async def get_file(self, _: object, user_id: str, file_id: UUID) -> File:
+    async def get_file(self, user_id: str, file_id: UUID) -> File:
         self.looks += 1
         row = self.rows.get(file_id)
         self.after_look.get(self.looks, lambda: None)()
@@ -89,7 +89,7 @@ def shelf(tmp_path: Path, vault: Vault, monkeypatch: pytest.MonkeyPatch) -> Shel
     volume_id = init_volume(tmp_path)
     asyncio.run(vault.refresh([(volume_id, str(tmp_path), "open")]))
     shelf = Shelf(tmp_path, volume_id)
-    monkeypatch.setattr(ledger, "get_file", shelf.get_file)
+    monkeypatch.setattr(ledger.FileLookups, "owned", shelf.get_file)
     return shelf
 
 
@@ -100,8 +100,11 @@ def delivery(vault: Vault) -> Delivery:
 
 @pytest.fixture
 def services(vault: Vault, delivery: Delivery) -> Services:
-    limits = Limits(Settings(), Buckets())
-    return cast("Services", SimpleNamespace(vault=vault, delivery=delivery, authenticator=FakeAuthenticator(), limits=limits))
+    settings = Settings()
+    limits = Limits(settings, Buckets())
+    return cast(
+        "Services", SimpleNamespace(settings=settings, vault=vault, delivery=delivery, authenticator=FakeAuthenticator(), limits=limits)
+    )
 
 
 class Exchange:

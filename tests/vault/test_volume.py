@@ -199,6 +199,38 @@ def test_a_symbolic_link_on_the_way_is_not_followed(volume: Volume, mount: Path,
         volume.open_stored(path)
 
 
+def test_a_file_that_was_just_there_is_opened_at_once(volume: Volume, mount: Path, tmp_path: Path) -> None:
+    """And nothing else is, whatever the kernel has in memory: no link, no path that is not ours, no volume that is away."""
+    path = store(volume, uuid4())
+    os.close(volume.open_stored(path))
+    fd = volume.open_at_once(path)
+    assert fd is not None
+    assert os.read(fd, 100_000) == WHOLE and not os.get_inheritable(fd)
+    os.close(fd)
+    missing = stored_path("ada", "image", uuid4(), 1, "png")
+    assert volume.open_at_once(missing) is None
+    for strange in ("../etc/passwd", "users/ada/../ada/images/x", "/etc/passwd"):
+        with pytest.raises(ValueError):
+            volume.open_at_once(strange)
+
+    file = mount / path
+    file.rename(file.with_name("elsewhere"))
+    file.symlink_to("elsewhere")
+    assert file.read_bytes() == WHOLE
+    assert volume.open_at_once(path) is None
+    file.unlink()
+    file.with_name("elsewhere").rename(file)
+    (mount / "users" / "ada").rename(tmp_path / "moved")
+    (mount / "users" / "ada").symlink_to(tmp_path / "moved")
+    assert file.read_bytes() == WHOLE
+    assert volume.open_at_once(path) is None
+
+    mount.rename(mount.parent / "gone")
+    volume.probe()
+    with pytest.raises(VolumeUnavailable):
+        volume.open_at_once(path)
+
+
 def test_the_reserve_is_kept(mount: Path) -> None:
     volume = Volume(init_volume(mount), mount, reserve_bytes=2**62)
     volume.probe()
