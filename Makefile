@@ -22,8 +22,11 @@ ATTACK ?=
 # Faults for `make torture`, by number: make torture TORTURE="1 2"
 TORTURE ?=
 # Commands that tests run, with their Debian packages: strace shows the order of system calls, curl and openssl run the tours of the README,
-# clamd scans uploads, Chromium is the browser in which no stored byte may run, and Node runs the tus clients of tests/tus/clients.
-TEST_PACKAGES := curl=curl openssl=openssl strace=strace clamd=clamav-daemon chromium=chromium node=nodejs npm=npm
+# clamd scans uploads, Chromium is the browser in which no stored byte may run, Node runs the tus clients of tests/tus/clients, and nginx
+# with its Lua module is the edge. What is no command stands with its path.
+LUA_MODULE := /usr/lib/nginx/modules/ngx_http_lua_module.so
+TEST_PACKAGES := curl=curl openssl=openssl strace=strace clamd=clamav-daemon chromium=chromium node=nodejs npm=npm \
+	nginx=nginx-light $(LUA_MODULE)=libnginx-mod-http-lua
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -91,7 +94,7 @@ help:
 
 .PHONY: test-packages
 test-packages:
-	@missing=; PATH=$$PATH:/usr/sbin; for each in $(TEST_PACKAGES); do command -v $${each%=*} >/dev/null || missing+=" $${each#*=}"; done; \
+	@missing=; PATH=$$PATH:/usr/sbin; for each in $(TEST_PACKAGES); do command -v $${each%=*} >/dev/null || [[ -e $${each%=*} ]] || missing+=" $${each#*=}"; done; \
 	if [[ -z $$missing ]]; then exit; fi; \
 	if [[ $$(id -u) == 0 ]] && command -v apt-get >/dev/null; then \
 		echo "coffer: installing for the tests:$$missing"; \

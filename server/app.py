@@ -4,6 +4,7 @@ import logging
 import resource
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
+from pathlib import Path
 
 import uvicorn
 
@@ -61,6 +62,7 @@ def assemble(settings: Settings) -> Front:
             AwaitedPreviews(db, notices, settings.preview_wait_seconds, streams.stopping),
             settings.link_resource_policy,
             audit_reads=settings.audit_reads,
+            edge_state=Path(settings.edge_state_file) if settings.edge_state_file else None,
         ),
         links=Links(settings.link_keys),
         authenticator=Authenticator(

@@ -17,7 +17,7 @@ import httpx
 from server import fields
 from server.actor import Actor, act_as
 from server.auth import Scope
-from server.commands import configuration, files, keys, previews, trail, users, volumes
+from server.commands import configuration, edge, files, keys, previews, trail, users, volumes
 from server.commands.failures import MEANING, CommandFailed, Exit, code_of
 from server.commands.output import say
 from server.errors import CofferError, InvalidRequest
@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_volumes(commands)
     _add_trail(commands)
     _add_previews(commands)
+    _add_edge(commands)
     _add_files(commands)
     return parser
 
@@ -283,6 +284,48 @@ async def _previews_retry(db: Database, _: Settings, arguments: argparse.Namespa
 
 async def _previews_rebuild(db: Database, _: Settings, arguments: argparse.Namespace) -> None:
     await previews.rebuild(db, user_id=arguments.user, for_real=arguments.for_real)
+
+
+# nginx in front
+
+
+def _add_edge(commands: Any) -> None:
+    group = _group(commands, "edge", "nginx in front, which verifies signed links by itself")
+    install = _for_real(_database_command(group, "install", _edge_install, "write nginx's configuration and keys, and have it reload them"))
+    check = _database_command(group, "check", _edge_check, "whether nginx's configuration is that of these settings")
+    default = edge.Site()
+    for each in (install, check):
+        each.add_argument("--server-name", action="append", type=str, default=[], help="may be repeated; any name when left out")
+        each.add_argument("--certificate", type=Path, help="the TLS certificate with its chain; without one, nginx speaks plain HTTP")
+        each.add_argument("--certificate-key", type=Path)
+        each.add_argument(
+            "--listen", default="", help="address:port; 443 (and 80, which redirects) when left out, or 80 without a certificate"
+        )
+        each.add_argument("--metrics-listen", default=default.metrics_listen, help="for Prometheus; %(default)s when left out")
+        each.add_argument("--directory", type=Path, default=default.directory, help="%(default)s when left out")
+        each.add_argument("--log-directory", type=Path, default=default.log_directory, help="%(default)s when left out")
+        each.add_argument("--nginx", default=default.program, help="the program, when it is not simply nginx")
+
+
+def _site(arguments: argparse.Namespace) -> edge.Site:
+    return edge.Site(
+        directory=arguments.directory.resolve(),
+        program=arguments.nginx,
+        server_names=arguments.server_name,
+        listen=arguments.listen,
+        certificate=arguments.certificate,
+        certificate_key=arguments.certificate_key,
+        metrics_listen=arguments.metrics_listen,
+        log_directory=arguments.log_directory.resolve(),
+    )
+
+
+async def _edge_install(db: Database, settings: Settings, arguments: argparse.Namespace) -> None:
+    await edge.install(db, settings, site=_site(arguments), for_real=arguments.for_real)
+
+
+async def _edge_check(db: Database, settings: Settings, arguments: argparse.Namespace) -> None:
+    await edge.check(db, settings, site=_site(arguments))
 
 
 # A user's files, over HTTP

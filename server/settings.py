@@ -137,6 +137,11 @@ class Settings:
         "Who may cache what a link gives, for its life: `private` (browsers) or `public` (CDNs too).",
         read=values.one_of("private", "public"),
     )
+    edge_state_file: str = setting(
+        "",
+        "Where the server tells nginx each second whose links were revoked, e.g. /run/coffer/edge. Empty: nginx passes all links to the "
+        "server. See Production.",
+    )
     public_max_age_seconds: int = setting(
         300,
         "How long browsers and CDNs may keep a public file: the longest it is seen after that was ended.",

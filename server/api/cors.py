@@ -19,7 +19,7 @@ _REQUEST_HEADERS = (
     "Tus-Resumable, Upload-Length, Upload-Defer-Length, Upload-Offset, Upload-Metadata, Upload-Checksum, Upload-Concat, Upload-Link, "
     "X-HTTP-Method-Override, X-Requested-With"
 )
-_ANSWER_HEADERS = (
+ANSWER_HEADERS = (
     "ETag, Location, Content-Length, Content-Range, Accept-Ranges, Content-Disposition, Repr-Digest, Idempotency-Replayed, "
     "X-Request-Id, RateLimit, RateLimit-Policy, Retry-After, WWW-Authenticate, "
     "Tus-Resumable, Tus-Version, Tus-Extension, Tus-Max-Size, Tus-Checksum-Algorithm, Upload-Length, Upload-Defer-Length, Upload-Offset, "
@@ -40,7 +40,7 @@ class Cors:
         self._unknown: Headers = (_VARY,) if origins and not self._any else ()
 
     def _headers(self, origin: bytes) -> Headers:
-        always = ((b"access-control-allow-origin", origin), (b"access-control-expose-headers", _ANSWER_HEADERS.encode()))
+        always = ((b"access-control-allow-origin", origin), (b"access-control-expose-headers", ANSWER_HEADERS.encode()))
         return always if self._any else (*always, _VARY)
 
     def headers(self, scope: Mapping[str, Any]) -> Headers:

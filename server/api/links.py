@@ -2,6 +2,7 @@
 
 import secrets
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 from uuid import UUID
@@ -18,7 +19,7 @@ from server.api.reading import known_query_only
 from server.api.services import Services
 from server.api.signing import LinkAnswer, Linker, PreviewWish, permitted_ttl
 from server.auth import Scope
-from server.errors import Forbidden, InvalidRequest, NoPreview
+from server.errors import DatabaseUnavailable, Forbidden, InvalidRequest, NoPreview
 from server.kinds import KINDS, KNOWN
 from server.ledger import File, UploadLink
 
@@ -155,8 +156,11 @@ async def revoke_user_links(request: Http) -> None:
     """Ends every signed link to any of the user's files. Public URLs stay. Not for a key that is restricted to some types."""
     if principal_of(request).kinds is not None:
         raise Forbidden(Scope.LINKS_WRITE)
-    await ledger.raise_link_epoch(services_of(request).db, principal_of(request).owner)
-    services_of(request).recent_links.clear()
+    services = services_of(request)
+    await ledger.raise_link_epoch(services.db, principal_of(request).owner)
+    services.recent_links.clear()
+    with suppress(DatabaseUnavailable):  # then housekeeping tells it
+        await services.delivery.refresh_link_epochs()  # nginx is told at once
 
 
 @put("/files/{file_id:uuid}/public", guards=[needs(Scope.LINKS_WRITE)])

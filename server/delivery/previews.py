@@ -20,7 +20,7 @@ _REQUESTS = 2  # of one variant: it may have been evicted before anybody read it
 _ASKED_AT_ONCE = 8
 """Variants that one process asks for on behalf of one user at a time, so that a user's gallery does not keep others waiting."""
 
-_MIME_TYPES: dict[str, str] = {**MIME_TYPES, "mp4": "video/mp4", "vtt": "text/vtt", "json": "application/json"}
+PREVIEW_MIME_TYPES: dict[str, str] = {**MIME_TYPES, "mp4": "video/mp4", "vtt": "text/vtt", "json": "application/json"}
 
 
 class PreviewFile(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,7 +50,7 @@ def from_link(link: LinkedFile, name: str) -> PreviewFile:
         volume_id=link.volume_id,
         file_path=preview_path(link.file_path, link.id, name),
         file_name=name,
-        mime_type=_MIME_TYPES.get(extension, "application/octet-stream"),
+        mime_type=PREVIEW_MIME_TYPES.get(extension, "application/octet-stream"),
         file_size=None,
         sha256=link.sha256,
         content_changed_at=link.content_changed_at,

@@ -1,17 +1,21 @@
 """The journey of bytes out: find the row, weigh the conditions, open the file."""
 
+import asyncio
 import logging
 import os
 import stat
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from uuid import UUID
 
 import msgspec
 
 from server import ledger
 from server.delivery.conditions import Outcome, evaluate, range_applies
+from server.delivery.edge import write_state
 from server.delivery.headers import Disposition, Presentation, etag, representation_headers, validator_headers
 from server.delivery.links import LinkedFile
 from server.delivery.previews import AwaitedPreviews, PreviewFile, from_link
@@ -85,10 +89,11 @@ class Delivery:
         link_resource_policy: str = "cross-origin",
         *,
         audit_reads: bool = False,
+        edge_state: Path | None = None,
     ) -> None:
         """`link_resource_policy` is the Cross-Origin-Resource-Policy of what links and public files give.
 
-        With `audit_reads`, bytes are given only once the audit trail says so.
+        With `audit_reads`, bytes are given only once the audit trail says so. `edge_state` is where nginx reads whose links were revoked.
         """
         self.link_epochs: dict[str, int] = {}  # by user directory, as last heard from the database
         self._db = db
@@ -97,6 +102,7 @@ class Delivery:
         self._previews = previews
         self._link_resource_policy = link_resource_policy
         self._audit_reads = audit_reads
+        self._edge_state = None if audit_reads else edge_state  # nginx records nothing, so it must not answer then
 
     async def open(
         self,
@@ -183,8 +189,14 @@ class Delivery:
         return await self._open(lambda: ledger.get_public_file(self._db, public_id), _Asked(method, headers, unread), how)
 
     async def refresh_link_epochs(self) -> None:
-        """Remembers whose links have been revoked, for when the database cannot be asked. Called by housekeeping."""
+        """Remembers whose links have been revoked, for when the database cannot be asked, and tells nginx. Called by housekeeping."""
+        looked_at = time.time()
         self.link_epochs = {user_directory(user_id): epoch for user_id, epoch in (await ledger.link_epochs(self._db)).items()}
+        if self._edge_state is not None:
+            try:
+                await asyncio.to_thread(write_state, self._edge_state, self.link_epochs, looked_at)
+            except OSError:
+                log.exception("cannot tell nginx whose links were revoked; it passes all links on", extra={"path": str(self._edge_state)})
 
     async def _open(self, find: Callable[[], Awaitable[File]], asked: "_Asked", how: Presentation) -> Answer:
         file = await find()

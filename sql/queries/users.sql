@@ -124,5 +124,8 @@ with raised as (
 select {user} from raised;
 
 -- name: link_epochs
--- The epoch of each user who ever raised it, for whoever must judge links without asking again.
-select user_id, link_epoch from user_storage where link_epoch > 0 order by user_id;
+-- The epoch of each user who ever raised it, for whoever must judge links without asking again. No link is of a user's who is being erased.
+select user_id, case when erasing_at is null then link_epoch else 4294967295 end as link_epoch
+from user_storage
+where link_epoch > 0 or erasing_at is not null
+order by user_id;

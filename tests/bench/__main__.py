@@ -12,7 +12,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from tests.bench import downloads, huge, large, links, lists, memory, previews, small, tus
+from tests.bench import downloads, edge, huge, large, links, lists, memory, previews, small, tus
 from tests.bench.harness import Stage, elapsed, say
 from tests.bench.processes import BenchError
 
@@ -22,6 +22,7 @@ SECTIONS = {
     "memory": memory,
     "huge": huge,
     "downloads": downloads,
+    "edge": edge,
     "lists": lists,
     "links": links,
     "previews": previews,

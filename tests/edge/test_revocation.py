@@ -1,0 +1,123 @@
+"""What was revoked, deleted or replaced is gone at the edge within a second, and nginx answers nothing when it cannot know."""
+
+import time
+
+import httpx
+import pytest
+
+from tests.edge.conftest import StartEdge
+from tests.edge.nginx import Edge
+from tests.edge.test_links import BODY, both, link, stored
+from tests.previews.conftest import RunningWorker
+from tests.previews.pictures import photo
+from tests.samples import image
+from tests.serving import execute
+from tests.waiting import until
+
+AT_MOST_SECONDS = 1.0
+
+
+def seconds_until_gone(browser: httpx.Client, url: str) -> float:
+    began = time.monotonic()
+    until(lambda: browser.get(url).status_code == 404)
+    return time.monotonic() - began
+
+
+@pytest.mark.parametrize("how", ["file", "user", "deleted", "replaced", "erased"])
+def test_links_end_within_a_second(edge: Edge, how: str) -> None:
+    user = f"user_{how}"
+    with edge.client(user) as app, edge.browser() as browser, edge.client("other") as other:
+        file_id = stored(app)
+        url, others = link(app, file_id), link(other, stored(other))
+        answered = edge.nginx.counted("answered")
+        assert browser.get(url).content == BODY
+        assert edge.nginx.counted("answered") == answered + 1
+        match how:
+            case "file":
+                assert app.post(f"/api/files/{file_id}/revoke-links").status_code == 200
+            case "user":
+                assert app.post("/api/links/revoke").status_code == 204
+            case "deleted":
+                assert app.delete(f"/api/files/{file_id}").status_code == 204
+            case "replaced":
+                assert app.put(f"/api/files/{file_id}/content", content=image(700, seed=3)).status_code == 200
+            case "erased":
+                assert app.delete(f"/api/users/{user}").status_code in {200, 202, 204}
+        assert seconds_until_gone(browser, url) < AT_MOST_SECONDS
+        assert browser.get(others).status_code == 200
+        if how in {"file", "user", "replaced"}:
+            again = link(app, file_id)
+            until(lambda: edge.nginx.counted("answered") > answered + 3 or browser.get(again).status_code != 200)
+            assert browser.get(again).status_code == 200
+
+
+def test_many_links_revoked_at_once_stay_revoked(edge: Edge) -> None:
+    """A look at the database that began before must not bring one back."""
+    with edge.client("often") as app, edge.browser() as browser:
+        file_id = stored(app)
+        for _ in range(5):
+            url = link(app, file_id)
+            assert browser.get(url).status_code == 200
+            assert app.post("/api/links/revoke").status_code == 204
+            assert seconds_until_gone(browser, url) < AT_MOST_SECONDS
+            assert {browser.get(url).status_code for _ in range(20)} == {404}
+
+
+def test_a_user_who_is_being_erased_has_no_links(edge: Edge) -> None:
+    with edge.client("leaving") as app, edge.browser() as browser:
+        url = link(app, stored(app))
+        assert browser.get(url).status_code == 200
+        # As between the two halves of an erasure: the row says so, and the files are still there.
+        execute(edge.server.database_url, "update user_storage set erasing_at = clock_timestamp() where user_id = 'leaving'")
+        until(lambda: browser.get(url).status_code == 404)
+
+
+def test_nginx_answers_nothing_once_it_does_not_know_whose_links_were_revoked(start_edge: StartEdge) -> None:
+    edge = start_edge()
+    with edge.client("ada") as ada, edge.browser() as browser:
+        url = link(ada, stored(ada))
+        assert browser.get(url).status_code == 200
+        edge.server.kill()
+        until(lambda: browser.get(url).status_code == 503, timeout_seconds=20)  # the server is asked, and is away
+        answer = browser.get(url)
+        assert (answer.headers["content-type"], answer.json()["code"]) == ("application/problem+json", "server_unavailable")
+        edge.server.start()
+        answered = edge.nginx.counted("answered")
+        until(lambda: browser.get(url).status_code == 200 and edge.nginx.counted("answered") > answered)
+
+
+def test_with_reads_recorded_nginx_answers_nothing(start_edge: StartEdge) -> None:
+    edge = start_edge(COFFER_AUDIT_READS="true")
+    with edge.client("ada") as ada, edge.browser() as browser:
+        url = link(ada, stored(ada))
+        assert browser.get(url).content == BODY
+    assert edge.nginx.counted("answered") == 0
+    recorded = execute(edge.server.database_url, "select count(*) as n from audit_log where action = 'file.downloaded'")
+    assert recorded[0]["n"] == 1
+
+
+def test_previews_end_with_their_original(edge: Edge) -> None:
+    worker = RunningWorker(edge.server, edge.nginx.directory / "worker.log", ["server.cli", "worker"], {})
+    try:
+        with edge.client("ada") as ada, edge.browser() as browser:
+            file_id = stored(ada, photo().jpegsave_buffer())
+            until(lambda: ada.get(f"/api/files/{file_id}").json()["preview_state"] == "ready", timeout_seconds=60)
+            url = link(ada, file_id, preview="320")
+            answered = edge.nginx.counted("answered")
+            shown = both(edge, browser, url)
+            assert edge.nginx.counted("answered") == answered + 1
+            assert (shown.status_code, shown.headers["content-type"]) == (200, "image/webp")
+            assert shown.headers["etag"].startswith("W/")
+            for value in ("bytes=1-5", "bytes=-3", "bytes=99999999-"):
+                both(edge, browser, url, headers={"Range": value})
+                both(edge, browser, url, headers={"Range": value, "If-Range": shown.headers["etag"]})
+            both(edge, browser, url, headers={"If-None-Match": shown.headers["etag"]})
+            both(edge, browser, url, "HEAD")
+            variant = link(ada, file_id, preview={"width": 64, "format": "auto"})
+            made = browser.get(variant, headers={"Accept": "image/avif"})
+            assert (made.status_code, made.headers["content-type"], made.headers["vary"]) == (200, "image/avif", "Accept")
+            assert ada.post(f"/api/files/{file_id}/revoke-links").status_code == 200
+            assert seconds_until_gone(browser, url) < AT_MOST_SECONDS
+            assert (edge.server.volume / "users" / "ada" / "previews" / file_id).is_dir()  # it is still there, for new links
+    finally:
+        worker.kill()

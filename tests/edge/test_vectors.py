@@ -1,0 +1,127 @@
+"""Every link of vectors.json, before the server's verifier and before nginx: zero differences."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from server.delivery.links import LinkedFile, Links
+from server.errors import LinkExpired, LinkInvalid
+from server.vault.layout import preview_path
+from tests.edge.make_vectors import BAD_PREVIEWS, BODY, KEYS, VECTORS, Vector
+from tests.edge.nginx import Nginx
+from tests.edge.stub import stubbed_nginx
+
+PREVIEW = b"a preview of any length"
+
+
+def server_takes(path: str) -> LinkedFile | None:
+    """What the server's verifier makes of a request's target, as `server/api/front.py` and `linked.py` hand it over."""
+    raw, _, query = path.partition("?")
+    token, slash, segment = raw[3:].partition("/")
+    if raw[:3] != "/f/" or not slash or query:
+        return None
+    try:
+        return Links(KEYS).verify_download(token, segment)
+    except (LinkInvalid, LinkExpired):
+        return None
+
+
+def read() -> list[Vector]:
+    return [Vector(*each) for each in json.loads(VECTORS.read_text())]
+
+
+def test_there_are_thousands_and_they_are_made_anew_alike() -> None:
+    assert len(read()) > 2_500
+    before = VECTORS.read_text()
+    subprocess.run([sys.executable, "-m", "tests.edge.make_vectors"], check=True)
+    assert VECTORS.read_text() == before
+
+
+def test_the_servers_verifier_decides_so() -> None:
+    wrong = [each for each in read() if (server_takes(each.path) is None) != (each.verdict == "refused")]
+    assert not wrong
+
+
+def put_files(volume: Path) -> None:
+    """A file for every link that the server takes; those of some users as their names say."""
+    for vector in read():
+        link = server_takes(vector.path)
+        if link is None or not link.user_directory.replace("_", "").replace("-", "").strip("~").isalnum() or len(link.file_path) > 250:
+            continue
+        path = volume / link.file_path
+        user = volume / "users" / link.user_directory
+        if link.user_directory == "nobody":
+            continue
+        if link.user_directory == "linked-directory":
+            elsewhere = volume / "elsewhere"
+            (elsewhere / path.parent.name).mkdir(parents=True)
+            user.symlink_to(elsewhere)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        match link.user_directory:
+            case "shorter":
+                path.write_bytes(BODY[1:])
+            case "linked":
+                (volume / "target").write_bytes(BODY)
+                path.symlink_to(volume / "target")
+            case "pipe":
+                os.mkfifo(path)
+            case "directory":
+                path.mkdir()
+            case "no-original":
+                pass
+            case _:
+                path.write_bytes(BODY)
+        if link.preview and link.user_directory != "no-preview":
+            preview = volume / preview_path(link.file_path, link.id, link.preview)
+            preview.parent.mkdir(parents=True, exist_ok=True)
+            preview.write_bytes(PREVIEW)
+    # No name is refused just because nothing is there.
+    link = server_takes(read()[0].path)
+    assert link is not None
+    for name in BAD_PREVIEWS:
+        if "\0" not in name:
+            wrong = volume / "users" / link.user_directory / "previews" / str(link.id) / name
+            wrong.parent.mkdir(parents=True, exist_ok=True)
+            wrong.write_bytes(PREVIEW)
+
+
+@pytest.fixture
+def nginx(tmp_path: Path) -> Iterator[Nginx]:
+    """In front of nothing but a voice that says that a request was passed on."""
+    put_files(tmp_path / "volume")
+    nginx = stubbed_nginx(tmp_path, "return 299 passed;")
+    nginx.start()
+    yield nginx
+    nginx.stop()
+
+
+def asked(port: int, path: str) -> tuple[int, bytes]:
+    """The status and body for a request's target, sent as it is."""
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        answer = b""
+        while chunk := connection.recv(65_536):
+            answer += chunk
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return int(head.split(b" ", 2)[1]), body
+
+
+def test_nginx_decides_so(nginx: Nginx) -> None:
+    wrong = []
+    for vector in read():
+        status, body = asked(nginx.port, vector.path)
+        if vector.verdict == "served":
+            right = status == 200 and body in (BODY, PREVIEW)
+        else:
+            # Passed on, or what nginx itself does not take for a request of HTTP, such as a NUL or a line that is too long.
+            right = status == 299 or (status in {400, 414} and not body.startswith((BODY, PREVIEW)))
+        if not right:
+            wrong.append((vector, status, body[:50]))
+    assert not wrong, wrong[:10]
+    assert nginx.counted("answered") == sum(vector.verdict == "served" for vector in read())
