@@ -176,7 +176,7 @@ class Settings:
     )
     accel_redirect_prefix: str = setting(
         "",
-        "Where nginx, as a trusted proxy, finds the volumes by their ids, e.g. /coffer-volumes: downloads through it then send no bytes "
+        "Where nginx, as a trusted proxy, finds the volumes by their ids, e.g. /coffer-files: downloads through it then send no bytes "
         "but X-Accel-Redirect. Empty: off.",
         read=values.internal_path,
     )

@@ -284,6 +284,7 @@ def _accel_locations(volumes: Mapping[str, str]) -> Iterable[str]:
             "    sendfile_max_chunk 2m;",
             "    open_file_cache off;",
             "    etag off;",
+            "    if_modified_since off;",
             "    max_ranges 1;",
             *(f"    add_header {name} $upstream_http_{name.lower().replace('-', '_')};" for name in _ACCEL_HEADERS),
             "}",

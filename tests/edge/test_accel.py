@@ -5,8 +5,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.edge.conftest import StartEdge
 from tests.edge.make_vectors import VOLUME
 from tests.edge.stub import stubbed_nginx
+from tests.edge.test_links import said, stored
 from tests.samples import image
 
 BODY = image(100_000)
@@ -65,3 +67,36 @@ def test_nginx_sends_what_the_server_names(tmp_path: Path, path: str, status: in
         assert httpx.get(f"{nginx.url}{path}").status_code == 404  # internal
     finally:
         nginx.stop()
+
+
+LATER = "Wed, 01 Jan 2098 00:00:00 GMT"
+
+
+def test_an_owner_gets_through_nginx_what_the_server_itself_would_say(start_edge: StartEdge) -> None:
+    edge = start_edge(COFFER_ACCEL_REDIRECT_PREFIX="/coffer-files")
+    with edge.client("ada") as inside, edge.server.client("ada") as direct:
+        path = f"/api/files/{stored(direct, BODY, 'Sonne ☀.png')}/download"
+        tag = direct.head(path).headers["etag"]
+        for headers in (
+            {},
+            {"If-None-Match": tag},
+            {"If-None-Match": '"another"', "If-Modified-Since": LATER},
+            {"If-Modified-Since": LATER},
+            {"If-Match": '"another"'},
+            {"If-Match": tag, "Range": "bytes=5-9"},
+            {"Range": "bytes=5-9"},
+            {"Range": "bytes=-5"},
+            {"Range": "bytes=5-9", "If-Range": tag},
+            {"Range": "bytes=5-9", "If-Range": '"another"'},
+            {"Range": "bytes=1-2,5-9"},
+            {"Range": "bytes=100000-"},
+            {"Origin": "https://elsewhere.example"},
+        ):
+            sent = headers | {"X-Request-Id": "the.same"}
+            ours, theirs = said(direct.get(path, headers=sent)), said(inside.get(path, headers=sent))
+            varying = ("ratelimit", "accept-ranges")  # what is left counts down; nginx says the other of whole files only
+            for each in (ours, theirs):
+                each[1][:] = [header for header in each[1] if header[0] not in varying]
+            assert theirs == ours, headers
+        passed_on = direct.get(path, headers={"X-Forwarded-For": "192.0.2.1"})
+        assert passed_on.headers["x-accel-redirect"].startswith("/coffer-files/") and passed_on.content == b""
