@@ -1,17 +1,33 @@
 """uvicorn's HTTP protocol, with a read buffer that suits uploads, a bound on everything that is not a body, and our own refusals."""
 
 import logging
+from typing import TYPE_CHECKING
 
 from uuid_utils import uuid7
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from server.api.problems import HttpRefusal, Problem
+
+if TYPE_CHECKING:
+    from uvicorn._types import ASGIReceiveEvent
 
 READ_AHEAD_BYTES = 128 * 1024  # per connection; the event loop reads up to 250 KiB at once, so at most that much more waits
 # nginx takes 32 KiB by default. The parser keeps what it has of a head, so without a bound one endless header fills the memory.
 MOST_HEAD_BYTES = 64 * 1024
 
 log = logging.getLogger("coffer.api")
+
+
+class UploadCycle(RequestResponseCycle):
+    """One request and its answer."""
+
+    async def receive(self) -> "ASGIReceiveEvent":
+        """As the server's, which drops what it has of a body when the connection ends: a resumable upload keeps that."""
+        message = await super().receive()
+        if message["type"] != "http.disconnect" or not self.body or self.response_complete:
+            return message
+        rest, self.body = bytes(self.body), bytearray()
+        return {"type": "http.request", "body": rest, "more_body": self.more_body}
 
 
 class UploadProtocol(HttpToolsProtocol):
@@ -24,6 +40,7 @@ class UploadProtocol(HttpToolsProtocol):
     trailers: uvicorn would add them to the headers of a request whose headers have been judged already.
     """
 
+    _cycle_class: type[UploadCycle] = UploadCycle
     _bytes_since_progress = 0
     _in_head = False
 
@@ -76,6 +93,7 @@ class UploadProtocol(HttpToolsProtocol):
         self._in_head = False
         self._bytes_since_progress = 0
         super().on_headers_complete()
+        self.cycle.__class__ = self._cycle_class  # uvicorn makes its cycles itself; the application has not begun to run yet
 
     def on_body(self, body: bytes) -> None:
         """Takes a piece of a request's body from the parser."""

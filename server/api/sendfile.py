@@ -12,9 +12,9 @@ import socket
 from collections.abc import MutableMapping
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
-from server.api.protocol import UploadProtocol
+from server.api.protocol import UploadCycle, UploadProtocol
 from server.errors import Damaged
 
 Message = MutableMapping[str, Any]
@@ -43,7 +43,7 @@ class ClientGone(ConnectionError):
         self.sent_bytes = sent_bytes
 
 
-class FileCycle(RequestResponseCycle):
+class FileCycle(UploadCycle):
     """One request and its answer, whose body may be a file."""
 
     protocol: "SendfileProtocol"
@@ -92,6 +92,7 @@ class SendfileProtocol(UploadProtocol):
     uvloop has no `sendfile`, and watches no descriptor for others that a transport has; a second one it watches.
     """
 
+    _cycle_class = FileCycle
     _socket: socket.socket | None = None
     _writable: asyncio.Future[None] | None = None
     _unsent_bytes = 0
@@ -119,8 +120,6 @@ class SendfileProtocol(UploadProtocol):
             return
         self.scope["extensions"] = {EXTENSION: {}}
         super().on_headers_complete()
-        # uvicorn makes its cycles itself; the application has not begun to run yet.
-        self.cycle.__class__ = FileCycle
         self.cycle.protocol = self  # type: ignore[attr-defined]
 
     def unsent_bytes(self) -> int:

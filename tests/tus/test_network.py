@@ -294,6 +294,16 @@ def test_a_client_that_goes_away_finds_its_bytes(
     assert usage(here) == (len(BODY), 0)
 
 
+def test_a_client_that_goes_away_before_it_is_heard_finds_its_bytes(
+    pair: tuple[RunningServer, RunningServer], here: httpx.Client, user_id: str
+) -> None:
+    """The connection has ended before the server has found out who it was and whose the upload is."""
+    path = created(here)
+    HalfSent(pair[0], user_id, path, 0, BODY[:10]).end()
+    until(lambda: offset(here, path) == 10)
+    finish(here, path)
+
+
 def test_a_client_that_dawdles_is_cut_off_and_finds_its_bytes(
     pair: tuple[RunningServer, RunningServer], here: httpx.Client, user_id: str
 ) -> None:
