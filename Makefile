@@ -48,7 +48,7 @@ stop:  ## stop what `make run` started (DATA=.coffer)
 
 .PHONY: test
 test: $(DEVELOPING) test-packages  ## run all tests, on all cores (TESTS="tests/quota -k race" for some)
-	@$(RUN) -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile $(TESTS)
+	@$(RUN) -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 .PHONY: check
 check: $(DEVELOPING)  ## lint, formatting, types, arrows between the rooms

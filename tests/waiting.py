@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -15,11 +14,3 @@ def until(predicate: Callable[[], T], timeout_seconds: float = 60) -> T:
         assert time.monotonic() < deadline, f"not within {timeout_seconds} s: {predicate}"
         time.sleep(0.02)
     return value
-
-
-def has_ended(pid: int) -> bool:
-    """Also when nobody has asked for its status yet: an orphan's may be left to a first process that does not care."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in {"Z", "X"}
-    except (FileNotFoundError, ProcessLookupError):
-        return True

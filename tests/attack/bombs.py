@@ -30,7 +30,7 @@ ANY = ("ready None", *REFUSED)
 def attack(target: Target, tally: Tally) -> str:
     directory = target.scratch / "bombs"
     directory.mkdir()
-    made = {what: (body(directory), expected) for what, (body, expected) in target.some(BOMBS.items(), 8)}
+    made = {what: (body(directory), expected) for what, (body, expected) in target.some(BOMBS.items(), 5)}
     with target.user("bomber") as client:
         before = _measured(target, tally, lambda count: count < LEAST_ASKED)
         ids = {stored(client, body, what): (what, expected) for what, (body, expected) in made.items()}

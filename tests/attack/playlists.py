@@ -19,14 +19,14 @@ def attack(target: Target, tally: Tally) -> str:
         listener.setblocking(False)
         outside = Outside(listener, record(directory / "canary.ts", "color=magenta:s=320x180:d=2", *H264))
         refused, shown = {}, {}
-        for name, text in target.some(playlists(outside).items(), 3):
+        for name, text in target.some(playlists(outside).items(), 2):
             for mime_type in FILMS:
                 for how, body in (("alone", text), ("after a film's start", DISGUISES[mime_type] + b"\n" + text)):
                     refused[plant(target, client, mime_type, body)] = f"{name} as {mime_type}, {how}"
         honest = record(directory / "honest.mp4", "color=magenta:s=320x180:d=2", *H264, "-movflags", "-faststart")
         refused[stored(client, referring(honest.read_bytes(), honest), "dref")] = "an MP4 whose pictures are in another file"
         film = record(directory / "a.avi", TEST_CARD, "-c:v", "mpeg4").read_bytes()
-        for name, text in target.some(playlists(outside).items(), 2):
+        for name, text in target.some(playlists(outside).items(), 1):
             payload = b"GAB2\0\x02\0" + struct.pack("<I", 2) + b"s\0" + struct.pack("<HI", 4, len(text)) + text
             shown[stored(client, with_subtitles(film, payload), name)] = f"an AVI with {name} for subtitles"
         with worker_beside(target) as worker:

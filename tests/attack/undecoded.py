@@ -23,7 +23,7 @@ def attack(target: Target, tally: Tally) -> str:
         for what, body in images.items():
             for mime_type in target.some([each for each in PLANTABLE if each.startswith("image/")], 2):
                 planted[plant(target, client, mime_type, body)] = f"{what} as {mime_type}"
-        bodies = target.some(never_stored().items(), 12)
+        bodies = target.some(never_stored().items(), 6)
         for what, (body, _) in bodies:
             for mime_type in target.random.sample(PLANTABLE, 2):
                 planted[plant(target, client, mime_type, body)] = f"{what} as {mime_type}"

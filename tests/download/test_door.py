@@ -6,8 +6,6 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +17,7 @@ from server.errors import CofferError, Damaged, InvalidRequest, NotFound, RangeN
 from server.vault.volume import Volume
 from tests.download.conftest import Exchange, Shelf
 from tests.download.samples import FILE_ID
+from tests.processes import open_below
 
 SMALL = b"a small picture"
 LARGE = os.urandom(4 * READ_BYTES + 1)
@@ -33,11 +32,7 @@ def opened(shelf: Shelf) -> list[str]:
 
 
 def open_now(shelf: Shelf) -> list[str]:
-    found = []
-    for link in Path("/proc/self/fd").iterdir():
-        with suppress(FileNotFoundError):  # closed meanwhile
-            found.append(str(link.readlink()))
-    return [target for target in found if target.startswith(f"{shelf.mount}/users/") and ".jpg" in target]
+    return [target for target in open_below(shelf.mount / "users") if ".jpg" in target]
 
 
 def run(services: Services, make: Callable[[Exchange], Awaitable[object]] | None = None, **request: Any) -> Exchange:

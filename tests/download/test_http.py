@@ -17,6 +17,7 @@ import pytest
 
 from server.auth import Scope
 from server.delivery.service import READ_BYTES
+from tests.processes import open_below
 from tests.samples import image
 from tests.serving import RunningServer, ServerFactory
 from tests.waiting import until
@@ -176,13 +177,7 @@ def rest_of(client: socket.socket) -> bytes:
 
 def open_files(server: RunningServer) -> int:
     """How many stored files the server has open."""
-    count = 0
-    for link in Path(f"/proc/{server.pid}/fd").iterdir():
-        try:
-            count += str(link.readlink()).startswith(f"{server.volume}/users/")
-        except FileNotFoundError:
-            continue
-    return count
+    return len(open_below(server.volume / "users", server.pid))
 
 
 def bytes_read(server: RunningServer) -> int:

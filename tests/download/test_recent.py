@@ -12,6 +12,7 @@ import pytest
 from server.delivery import Answer, Body, RecentLinks
 from server.delivery.recent import KEPT_SECONDS
 from server.vault.volume import Handle
+from tests.processes import open_below
 from tests.samples import image
 from tests.serving import RunningServer, ServerFactory
 from tests.waiting import until
@@ -40,8 +41,7 @@ class Kept:
         return self.recent.find(text, lambda expires_at: f"until {expires_at}")
 
     def open_files(self) -> int:
-        entries = [entry for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]
-        return sum(str(entry.readlink()).startswith(str(self.path)) for entry in entries)
+        return open_below(self.path.parent).count(str(self.path))
 
 
 @pytest.fixture

@@ -16,8 +16,9 @@ from tests.previews.conftest import RealWorkerFactory, RunningWorker
 from tests.previews.pictures import photo
 from tests.previews.test_gallery import upload
 from tests.previews.test_queue import coffer, states
+from tests.processes import has_ended
 from tests.serving import RunningServer, execute
-from tests.waiting import has_ended, until
+from tests.waiting import until
 
 DECODER_MEMORY_BYTES = images.LIMITS.memory_bytes
 

@@ -19,7 +19,8 @@ from server.previews.images import Answer, Job
 from server.previews.making import Unmakeable, Wishes
 from tests.previews.captive import LIES
 from tests.previews.pictures import photo
-from tests.waiting import has_ended, until
+from tests.processes import has_ended
+from tests.waiting import until
 
 ALL = "namespaces,files,system calls,limits"
 NOBODY = 65_534

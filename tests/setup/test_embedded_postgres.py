@@ -15,7 +15,8 @@ from urllib.parse import urlsplit
 import pytest
 
 from ops.embedded_postgres import EmbeddedPostgres, EmbeddedPostgresError, binaries_for, processes_in
-from tests.waiting import has_ended, until
+from tests.processes import has_ended
+from tests.waiting import until
 
 # A supervisor in a process of its own, so that it can be killed. It prints its PostgreSQL's pid and URL, then waits.
 SUPERVISOR = """

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
+from tests.processes import has_ended
 from tests.samples import image
 from tests.serving import execute
-from tests.waiting import has_ended, until
+from tests.waiting import until
 
 START_SECONDS = 60
 
