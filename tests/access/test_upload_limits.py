@@ -56,9 +56,12 @@ def reservations(server: RunningServer) -> int:
 @contextmanager
 def slow_uploads(server: RunningServer, user: str, count: int, size: int, sent_bytes: int = 1_000) -> Iterator[list[Slow]]:
     with ExitStack() as stack:
+        client = stack.enter_context(server.client(user))
+        client.get("/api/files")  # the server knows the key from here on
         before = in_flight(server)
         uploads = [stack.enter_context(closing(Slow.of(server, user, size, sent_bytes))) for _ in range(count)]
         until(lambda: in_flight(server) == before + count)
+        client.get("/api/files")  # takes longer than they, to be let in
         yield uploads
 
 
