@@ -147,6 +147,12 @@ class RunningServer:
         left = "select (select count(*) from tombstones) + (select count(*) from uploads) as left"
         until(lambda: execute(self.database_url, left)[0]["left"] == 0)
 
+    def in_flight(self) -> int:
+        """Requests under way, besides this one."""
+        lines = httpx.get(f"{self.url}/metrics", verify=_NO_TLS).text.splitlines()
+        (value,) = (line.split()[1] for line in lines if line.startswith("coffer_http_requests_in_flight "))
+        return int(float(value)) - 1
+
     def logged(self) -> str:
         return self.log.read_text()
 

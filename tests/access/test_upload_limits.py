@@ -42,12 +42,6 @@ class Slow:
         self._connection.close()
 
 
-def in_flight(server: RunningServer) -> int:
-    """Requests under way, besides this one."""
-    (line,) = [line for line in httpx.get(f"{server.url}/metrics").text.splitlines() if line.startswith("coffer_http_requests_in_flight ")]
-    return int(float(line.split()[1])) - 1
-
-
 def reservations(server: RunningServer) -> int:
     count: int = execute(server.database_url, "select count(*) from uploads")[0]["count"]
     return count
@@ -58,9 +52,9 @@ def slow_uploads(server: RunningServer, user: str, count: int, size: int, sent_b
     with ExitStack() as stack:
         client = stack.enter_context(server.client(user))
         client.get("/api/files")  # the server knows the key from here on
-        before = in_flight(server)
+        before = server.in_flight()
         uploads = [stack.enter_context(closing(Slow.of(server, user, size, sent_bytes))) for _ in range(count)]
-        until(lambda: in_flight(server) == before + count)
+        until(lambda: server.in_flight() == before + count)
         client.get("/api/files")  # takes longer than they, to be let in
         yield uploads
 
@@ -80,9 +74,9 @@ def test_a_user_has_so_many_uploads_at_once(start_server: ServerFactory, size: i
         assert uploads[0].finish() == 201
         assert ada.post("/api/files/upload", content=image(size, 1)).status_code == 201
         uploads[1].close()  # one that is given up makes room too
-        until(lambda: in_flight(server) == 1)
+        until(lambda: server.in_flight() == 1)
         with closing(Slow.of(server, "ada", size)) as third, closing(Slow.of(server, "ada", size)) as fourth:
-            until(lambda: in_flight(server) == 3)
+            until(lambda: server.in_flight() == 3)
             assert code(ada.post("/api/files/upload", content=image())) == (429, "too_many_uploads")
             assert (third.finish(), fourth.finish(), uploads[2].finish()) == (201, 201, 201)
         assert ada.get("/api/storage/usage").json()["reserved_bytes"] == 0
@@ -94,7 +88,7 @@ def test_processes_count_reservations_together(start_server: ServerFactory) -> N
     until(lambda: server.logged().count('"message":"started"') == 2)
     with ExitStack() as stack:
         uploads = [stack.enter_context(closing(Slow.of(server, "ada", LARGE))) for _ in range(30)]
-        until(lambda: in_flight(server) == 5 and reservations(server) == 5)
+        until(lambda: server.in_flight() == 5 and reservations(server) == 5)
         finished = [upload.finish() for upload in uploads if not refused_already(upload)]
     assert finished == [201] * 5
 
@@ -130,7 +124,7 @@ def test_upload_links_are_counted_apart(start_server: ServerFactory) -> None:
         assert ada.delete(f"/api/uploads/links/{first['file_id']}").status_code == 204
         third = upload_link(ada)
         with closing(Slow(server, f"PUT {second['url']} HTTP/1.1", image(300_000))) as upload:
-            until(lambda: in_flight(server) == 1)
+            until(lambda: server.in_flight() == 1)
             assert code(httpx.put(server.url + third["url"], content=image())) == (429, "too_many_uploads")
             assert code(ada.post("/api/files/upload", content=image(LARGE, 1))) == (429, "too_many_uploads")
             assert code(ada.post("/api/uploads/links", json={"max_bytes": 1_000})) == (429, "too_many_uploads")

@@ -43,9 +43,9 @@ def attack(target: Target, tally: Tally) -> str:
             until(lambda: len(crowd.statuses()) >= most, timeout_seconds=60)
             tally.check(crowd.statuses() == [429] * most, f"started uploads beyond the limit: {sorted(set(crowd.statuses()))}")
             during = _measure(target, tally, server, slow)
-            tally.check(_in_flight(server) == uploads_at_once, f"{_in_flight(server)} uploads under way at the end")
+            tally.check(server.in_flight() == uploads_at_once, f"{server.in_flight()} uploads under way at the end")
             held = slow.held() + crowd.held()
-        until(lambda: _in_flight(server) == 0, timeout_seconds=60)
+        until(lambda: server.in_flight() == 0, timeout_seconds=60)
         with server.client(slow.user_id) as client:
             usage = client.get("/api/storage/usage").json()
         tally.check(usage["used_bytes"] == usage["reserved_bytes"] == 0, f"given up uploads leave {usage}")
@@ -138,17 +138,9 @@ def _made_up(number: int) -> list[tuple[str, str]]:
     return [("X-Forwarded-For", address), ("Forwarded", f"for={address}"), ("X-Real-IP", address)]
 
 
-def _in_flight(server: RunningServer) -> int:
-    """Requests under way, besides this one."""
-    with closing(Wire(server.host, server.port)) as wire:
-        metrics = wire.expect(request("GET", "/metrics")).body.decode()
-    (value,) = (line.split()[1] for line in metrics.splitlines() if line.startswith("coffer_http_requests_in_flight "))
-    return int(float(value)) - 1
-
-
 def _check_admitted(tally: Tally, server: RunningServer, crowd: Crowd, limit: int) -> None:
     started = crowd.held()
-    until(lambda: len(crowd.statuses()) + _in_flight(server) == started, timeout_seconds=60)
+    until(lambda: len(crowd.statuses()) + server.in_flight() == started, timeout_seconds=60)
     refused = crowd.statuses()
     tally.check(
         len(refused) == started - limit and set(refused) == {429}, f"of {started} slow uploads {started - len(refused)} are admitted"
