@@ -301,6 +301,13 @@ def _add_edge(commands: Any) -> None:
         each.add_argument(
             "--listen", default="", help="address:port; 443 (and 80, which redirects) when left out, or 80 without a certificate"
         )
+        each.add_argument(
+            "--trusted-proxy",
+            action="append",
+            type=_some_network,
+            default=[],
+            help="address or network of a proxy in front of nginx, such as a CDN's, whose X-Forwarded-For is believed; may be repeated",
+        )
         each.add_argument("--metrics-listen", default=default.metrics_listen, help="for Prometheus; %(default)s when left out")
         each.add_argument("--directory", type=Path, default=default.directory, help="%(default)s when left out")
         each.add_argument("--log-directory", type=Path, default=default.log_directory, help="%(default)s when left out")
@@ -317,6 +324,7 @@ def _site(arguments: argparse.Namespace) -> edge.Site:
         certificate_key=arguments.certificate_key,
         metrics_listen=arguments.metrics_listen,
         log_directory=arguments.log_directory.resolve(),
+        trusted_proxies=arguments.trusted_proxy,
     )
 
 
@@ -490,6 +498,13 @@ def _duration(text: str) -> timedelta:
     if duration > _LONGEST_DURATION:
         raise argparse.ArgumentTypeError(f"may be at most {_LONGEST_DURATION.days}d")
     return duration
+
+
+def _some_network(text: str) -> keys.Network:
+    network = _network(text)
+    if network.prefixlen == 0:
+        raise argparse.ArgumentTypeError("who trusts everybody lets everybody choose an address")
+    return network
 
 
 def _network(text: str) -> keys.Network:

@@ -34,6 +34,7 @@ local FIXED_BYTES = 81  -- of the payload, before the extension
 local LONGEST_TOKEN, LONGEST_SEGMENT = 512, 255
 local STALE_SECONDS = 5  -- the server writes its state each second; past this, nobody knows whose links were revoked
 local READ_SECONDS = 0.25
+local USED_SECONDS = 3600  -- as often as the server notes that a preview is used (get_linked_preview)
 local SEEK_END = 2
 local SYS_OPENAT2, AT_FDCWD = 437, -100  -- the same number on every architecture
 
@@ -45,6 +46,7 @@ local epochs = {}       -- by user's directory, of those who ever revoked their 
 local known_at = 0      -- Unix time for which `epochs` is true
 local known_digest      -- of the list that `epochs` was read from
 local counts            -- shared by the workers
+local used              -- too: the previews made on demand that were asked for within the hour
 
 local mac_bytes = ffi.new("unsigned char[?]", SHA256_BYTES)
 local mac_length = ffi.new("size_t[1]")
@@ -250,6 +252,7 @@ local function verified(uri)
             return nil
         end
         link.preview = below_user .. "previews/" .. id .. "/" .. preview
+        link.on_demand = find(preview, "^%d*x%d*%-") ~= nil  -- the name of a variant (server/previews/variants.py)
         link.tag = 'W/"' .. hexadecimal(sha256) .. "-" .. preview .. '"'
     else
         link.tag = '"' .. hexadecimal(sha256) .. '"'
@@ -300,8 +303,8 @@ local function settle()
     if link.preview then
         -- The original is there under its generation, and that is what revokes; now its preview.
         path, size = link.preview, size_of(link.volume .. link.preview)
-        if not size then
-            return false
+        if not size or (link.on_demand and used:add(link.preview, true, USED_SECONDS)) then
+            return false  -- the second: once an hour the server is asked, which notes that it is used, so that others give way
         end
     end
     local unchanged, part = false, false
@@ -386,7 +389,7 @@ end
 
 -- In each worker.
 function M.watch()
-    counts = ngx.shared.coffer_edge
+    counts, used = ngx.shared.coffer_edge, ngx.shared.coffer_used
     local function read(premature)
         if not premature then
             read_state()

@@ -9,6 +9,7 @@ from server.api.door import act_in
 from server.api.download import joined_headers, send_answer, sends_unread
 from server.api.services import Services
 from server.delivery.links import link_cache_control
+from server.delivery.recent import NEVER
 from server.errors import LinkInvalid, NotFound
 
 Message = MutableMapping[str, Any]
@@ -29,13 +30,7 @@ async def download_by_link(services: Services, rest: str, scope: MutableMapping[
     if not slash or scope["query_string"]:
         raise LinkInvalid
     unread = sends_unread(services.settings, scope)
-    # An answer that was kept is to a GET, of a whole file that is sent unread; reads that are to be recorded all go the long way.
-    keeps = (
-        unread
-        and scope["method"] == "GET"
-        and not services.settings.audit_reads
-        and _CONDITIONS.isdisjoint(each[0] for each in scope["headers"])
-    )
+    keeps = unread and _may_be_kept(services, scope)
     if keeps and (answer := services.recent_links.find(rest, partial(link_cache_control, services.settings.link_cache))) is not None:
         await send_answer(services, answer, scope, receive, send)
         return
@@ -44,8 +39,10 @@ async def download_by_link(services: Services, rest: str, scope: MutableMapping[
     act_in(scope, "download_link", str(link.id))
     cache = link_cache_control(services.settings.link_cache, link.expires_at)
     answer = await services.delivery.open_linked(link, scope["method"], joined_headers(scope), cache, unread=unread)
-    if keeps and link.preview is None:  # what revokes a link to a preview is the name of its original
+    if keeps and link.preview is None:
         services.recent_links.keep(rest, link.expires_at, asked_at, answer)
+    elif keeps and all(name != "vary" for name, _ in answer.headers) and (original := services.delivery.original(link)) is not None:
+        services.recent_links.keep(rest, link.expires_at, asked_at, answer, original)  # what revokes it is its original's name
     await send_answer(services, answer, scope, receive, send)
 
 
@@ -55,6 +52,19 @@ async def download_public(services: Services, rest: str, scope: MutableMapping[s
         raise NotFound
     act_in(scope, "public_link", None)
     unread = sends_unread(services.settings, scope)
+    keeps = unread and _may_be_kept(services, scope)
     cache = f"public, max-age={services.settings.public_max_age_seconds}, no-transform"
+    # Its id stands for it: no link reads like that, for it would have a slash.
+    if keeps and (answer := services.recent_links.find(rest, lambda _: cache)) is not None:
+        await send_answer(services, answer, scope, receive, send)
+        return
+    asked_at = services.recent_links.now()
     answer = await services.delivery.open_public(rest, scope["method"], joined_headers(scope), cache, unread=unread)
+    if keeps:
+        services.recent_links.keep(rest, NEVER, asked_at, answer)
     await send_answer(services, answer, scope, receive, send)
+
+
+def _may_be_kept(services: Services, scope: MutableMapping[str, Any]) -> bool:
+    """Whether this may be answered as a moment ago: it is a GET of a whole file. Reads that are to be recorded all go the long way."""
+    return scope["method"] == "GET" and not services.settings.audit_reads and _CONDITIONS.isdisjoint(each[0] for each in scope["headers"])

@@ -168,7 +168,9 @@ async def make_public(request: Http, file_id: UUID, data: PublicWish) -> PublicA
     """Makes a file public, or private again. Caches may show it for `COFFER_PUBLIC_MAX_AGE_SECONDS` longer."""
     services = services_of(request)
     public_id = secrets.token_urlsafe(16) if data.is_public else None
-    return _public(services, await ledger.set_public(services.db, principal_of(request).owner, file_id, public_id))
+    file = await ledger.set_public(services.db, principal_of(request).owner, file_id, public_id)
+    services.recent_links.clear()
+    return _public(services, file)
 
 
 @get("/files/{file_id:uuid}/public", guards=[needs(Scope.FILES_READ)])

@@ -109,8 +109,7 @@ class SendfileProtocol(UploadProtocol):
         if self._socket is not None:
             if self._writable is not None:
                 self._on_writable()
-                self.loop.remove_writer(self._socket)  # before its number is somebody else's
-            self._socket.close()
+            self._socket.close()  # uvloop keeps it open for as long as it is watched, so nobody else gets its number before that ends
             self._socket = None
 
     def on_headers_complete(self) -> None:
@@ -127,9 +126,9 @@ class SendfileProtocol(UploadProtocol):
         return self.transport.get_write_buffer_size() + self._unsent_bytes
 
     async def send_file(self, head: bytes, fd: int, offset: int, count: int) -> None:
-        """Sends the head of an answer and `count` bytes of a file. Raises `ClientGone`, and `Damaged` when there are fewer.
+        """Sends the head of an answer and `count` bytes of a file, at least one. Raises `ClientGone`, and `Damaged` when there are fewer.
 
-        Whoever calls keeps the file open meanwhile.
+        Whoever calls keeps the file open meanwhile. No file is empty, for no type begins with nothing (`server/kinds.py`).
         """
         at, end, resident_to = offset, offset + count, offset
         try:
@@ -138,7 +137,7 @@ class SendfileProtocol(UploadProtocol):
             mine = self._own_socket()
             while head:
                 try:
-                    head = head[mine.send(head, socket.MSG_MORE if count else 0) :]
+                    head = head[mine.send(head, socket.MSG_MORE) :]
                 except BlockingIOError:
                     await self._until_writable(count)
             while at < end:
@@ -192,8 +191,7 @@ class SendfileProtocol(UploadProtocol):
         finally:
             self._writable = None
             self._unsent_bytes = 0
-            if mine.fileno() >= 0:
-                self.loop.remove_writer(mine)
+            self.loop.remove_writer(mine)
         self._check_client()
 
     def _on_writable(self) -> None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from ipaddress import ip_network
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 
 from server.api.cors import ANSWER_HEADERS
@@ -49,6 +49,8 @@ class Site:
     certificate_key: Path | None = None
     metrics_listen: str = "127.0.0.1:8145"
     log_directory: Path = Path("/var/log/nginx")
+    trusted_proxies: Sequence[IPv4Network | IPv6Network] = ()
+    """Networks of proxies in front of nginx, such as a CDN's, that are believed when they name the client."""
 
 
 async def install(db: Database, settings: Settings, *, site: Site, for_real: bool) -> None:
@@ -207,6 +209,7 @@ def configuration(settings: Settings, site: Site, volumes: Mapping[str, str]) ->
         "link_cache": settings.link_cache,
         "redirect": redirect,
         "listen": _indented(listen, 4),
+        "real_address": _indented(_real_address(site), 4),
         "log": str(site.log_directory / "coffer.log"),
         "error_log": str(site.log_directory / "coffer-error.log"),
         "head_seconds": str(settings.request_head_seconds),
@@ -255,6 +258,13 @@ server {{
 }}
 """
     return listen, redirect
+
+
+def _real_address(site: Site) -> Iterable[str]:
+    """Who the client is where proxies stand in front: the right-most address that is none of theirs, as server/api/proxies.py has it."""
+    yield from (f"set_real_ip_from {each};" for each in site.trusted_proxies)
+    if site.trusted_proxies:
+        yield from ("real_ip_header X-Forwarded-For;", "real_ip_recursive on;")
 
 
 def _link_headers(settings: Settings, *, any_origin: bool, over_tls: bool) -> Iterable[str]:

@@ -1,4 +1,4 @@
-"""Links that were answered a moment ago, so that whoever shows the same file again costs no look at its row, nor an opening."""
+"""Links and public files that were answered a moment ago, so that whoever shows the same again costs no look at its row, nor an opening."""
 
 import asyncio
 import math
@@ -12,8 +12,10 @@ from server.delivery.service import Answer, Body
 from server.vault.volume import Handle
 
 KEPT_SECONDS = 1.0
-"""The longest that revoking a user's links takes to be seen here when another process did it (P4)."""
-_MOST_KEPT = 1_024  # each keeps a file open
+"""The longest that revoking a user's links, or ending a public file, takes to be seen here when another process did it (P4)."""
+_MOST_KEPT = 1_024  # each keeps a file open, and a preview's its original, too
+NEVER = 2**63
+"""The end of what does not expire, in Unix seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,13 +24,14 @@ class _Recent:
     kept_until: float
     headers: list[tuple[str, str]]
     file: Handle
-    stamp: tuple[int, int]
+    size_bytes: int
+    stamps: list[tuple[Handle, tuple[int, int]]]  # of the file, and of a preview's original
     volume_id: UUID
     path: str
 
 
 class RecentLinks:
-    """The files that links were answered with within the last second. Lives in one event loop.
+    """The files of links (by their text) and public files (by their ids) answered within the last second. Lives in one event loop.
 
     A file whose inode has changed since is none of them any more, in whichever process that happened: deleting, replacing and revoking a
     file's links all take its name away, which is such a change. What does not touch the file (a user's epoch) is found in the row,
@@ -54,27 +57,34 @@ class RecentLinks:
         found = self._kept.get(text)
         if found is None:
             return None
-        if self._clock() >= found.kept_until or time.time() >= found.expires_at or _stamp(found.file) != found.stamp:
+        changed = any(_stamp(file) != stamp for file, stamp in found.stamps)
+        if self._clock() >= found.kept_until or time.time() >= found.expires_at or changed:
             del self._kept[text]
             return None
         fresh = ("cache-control", cache_control(found.expires_at))
         headers = [fresh if each[0] == "cache-control" else each for each in found.headers]
-        return Answer(200, headers, Body(found.file, 0, found.stamp[1], b"", found.volume_id, found.path))
+        return Answer(200, headers, Body(found.file, 0, found.size_bytes, b"", found.volume_id, found.path))
 
-    def keep(self, text: str, expires_at: int, asked_at: float, answer: Answer) -> None:
-        """Remembers the answer to a good link. `asked_at` is `now` as it was before its row was asked; only whole files are kept."""
+    def keep(self, text: str, expires_at: int, asked_at: float, answer: Answer, original: Handle | None = None) -> None:
+        """Remembers the answer to a good link. `asked_at` is `now` as it was before its row was asked; only whole files are kept.
+
+        `original` is the file whose name revokes the link, where that is another one than it gives.
+        """
         if asked_at <= self._cleared_at or answer.status != 200 or answer.body is None or answer.body.file is None:
             return
         self._kept.pop(text, None)
         if len(self._kept) >= _MOST_KEPT:
             del self._kept[next(iter(self._kept))]
         body, file = answer.body, answer.body.file
-        self._kept[text] = _Recent(expires_at, asked_at + KEPT_SECONDS, answer.headers, file, _stamp(file), body.volume_id, body.path)
+        stamps = [(each, _stamp(each)) for each in (file, original) if each is not None]
+        self._kept[text] = _Recent(
+            expires_at, asked_at + KEPT_SECONDS, answer.headers, file, body.length, stamps, body.volume_id, body.path
+        )
         if self._sweep is None:
             self._sweep = asyncio.get_running_loop().call_later(KEPT_SECONDS, self._forget)
 
     def clear(self) -> None:
-        """Forgets all: somebody's links have been revoked."""
+        """Forgets all: somebody's links have been revoked, or a public file is none any more."""
         self._kept.clear()
         self._cleared_at = self._clock()  # what was asked before, and is answered only now, may say what was true before
 

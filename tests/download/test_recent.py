@@ -9,9 +9,11 @@ from uuid import UUID
 import httpx
 import pytest
 
-from server.delivery import Answer, Body, RecentLinks
+from server import ledger
+from server.delivery import Answer, Body, RecentLinks, recent
 from server.delivery.recent import KEPT_SECONDS
 from server.vault.volume import Handle
+from tests.download.test_sendfile import serving_here, settings_of
 from tests.processes import open_below
 from tests.samples import image
 from tests.serving import RunningServer, ServerFactory
@@ -20,7 +22,7 @@ from tests.waiting import until
 LATER = 4_000_000_000
 BODY = image(100_000)
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 
 class Kept:
@@ -32,10 +34,12 @@ class Kept:
         self.recent = RecentLinks(lambda: self.now)
         path.write_bytes(b"bytes")
 
-    def keep(self, text: str = "link", *, expires_at: int = LATER, status: int = 200) -> None:
+    def keep(self, text: str = "link", *, expires_at: int = LATER, status: int = 200, original: Path | None = None) -> None:
         file = Handle(os.open(self.path, os.O_RDONLY))
         headers = [("etag", '"x"'), ("cache-control", "old"), ("content-length", "5")]
-        self.recent.keep(text, expires_at, self.now, Answer(status, headers, Body(file, 0, 5, b"", UUID(int=7), "path")))
+        body = Body(file, 0, 5, b"", UUID(int=7), "path")
+        hangs_on = Handle(os.open(original, os.O_RDONLY)) if original else None
+        self.recent.keep(text, expires_at, self.now, Answer(status, headers, body), hangs_on)
 
     def find(self, text: str = "link") -> Answer | None:
         return self.recent.find(text, lambda expires_at: f"until {expires_at}")
@@ -91,6 +95,20 @@ async def test_it_ends_when_the_file_changes(kept: Kept, change: str) -> None:
             other.hardlink_to(kept.path)
         case "truncate":
             os.truncate(kept.path, 4)
+    assert kept.find() is None
+
+
+async def test_a_preview_ends_with_its_original(kept: Kept) -> None:
+    original = kept.path.with_name("original")
+    original.write_bytes(b"the original")
+    kept.keep(original=original)
+    answer = kept.find()
+    assert answer is not None and answer.body is not None and answer.body.length == 5
+    original.rename(kept.path.with_name("next generation"))
+    assert kept.find() is None
+    kept.keep(original=kept.path.with_name("next generation"))
+    assert kept.find() is not None
+    kept.path.unlink()
     assert kept.find() is None
 
 
@@ -184,6 +202,43 @@ def test_another_process_revokes(server: RunningServer, browser: httpx.Client, t
             until(lambda: browser.get(url).status_code == 404)
     finally:
         other.kill()
+
+
+def test_a_public_file_is_remembered_and_ends(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For as long as a test takes, so that what ends it is not the second's end."""
+    monkeypatch.setattr(recent, "KEPT_SECONDS", 1_000.0)
+    asked = []
+    get_public_file = ledger.get_public_file
+
+    async def counted(db: ledger.Database, public_id: str) -> ledger.File:
+        asked.append(public_id)
+        return await get_public_file(db, public_id)
+
+    monkeypatch.setattr(ledger, "get_public_file", counted)
+    with serving_here(settings_of(server)) as here, server.client("ada") as elsewhere:
+        url = f"http://127.0.0.1:{here.port}"
+        with httpx.Client(base_url=url, headers=elsewhere.headers) as ada, httpx.Client(base_url=url) as browser:
+            file_id, _ = linked(elsewhere)
+
+            def public(is_public: bool) -> str:
+                answer = ada.put(f"/api/files/{file_id}/public", json={"is_public": is_public})
+                assert answer.status_code == 200, answer.text
+                return str(answer.json()["url"])
+
+            path = public(True)
+            answers = [browser.get(path) for _ in range(3)]
+            assert [answer.content for answer in answers] == [BODY] * 3 and len(asked) == 1
+            told = [{name: value for name, value in answer.headers.items() if name not in {"date", "x-request-id"}} for answer in answers]
+            assert told[0] == told[1] == told[2] and "max-age=300" in told[0]["cache-control"]
+            assert browser.get(path, headers={"Range": "bytes=-3"}).content == BODY[-3:]
+            assert browser.head(path).content == b""
+            assert browser.get(f"/f/{path.removeprefix('/p/')}").status_code == 403  # it is no link
+            public(False)
+            assert browser.get(path).status_code == 404
+            path = public(True)
+            assert [browser.get(path).status_code for _ in range(2)] == [200, 200]
+            assert elsewhere.delete(f"/api/files/{file_id}").status_code == 204  # another process
+            assert browser.get(path).status_code == 404
 
 
 def test_one_link_never_gives_what_another_does(server: RunningServer, browser: httpx.Client) -> None:

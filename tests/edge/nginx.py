@@ -106,12 +106,16 @@ class Edge:
 
     def coffer(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Runs `coffer edge ...` with the server's settings."""
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("COFFER_", "DATABASE_URL", "PG"))}
-        environment |= DEFAULTS | self.environment | {"COFFER_DATABASE_URL": self.server.database_url, "COFFER_PORT": str(self.server.port)}
         nginx = self.nginx
         options = ["--directory", str(nginx.directory), "--log-directory", str(nginx.directory), "--nginx", str(nginx.command)]
         options += ["--listen", f"127.0.0.1:{nginx.port}", "--metrics-listen", f"127.0.0.1:{nginx.metrics_port}"]
-        command = [sys.executable, "-m", "server.cli", "edge", arguments[0], *options, *arguments[1:]]
+        return self.run("edge", arguments[0], *options, *arguments[1:])
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Runs `coffer ...` with the server's settings."""
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("COFFER_", "DATABASE_URL", "PG"))}
+        environment |= DEFAULTS | self.environment | {"COFFER_DATABASE_URL": self.server.database_url, "COFFER_PORT": str(self.server.port)}
+        command = [sys.executable, "-m", "server.cli", *arguments]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
     def install(self) -> None:
@@ -120,10 +124,10 @@ class Edge:
 
     def browser(self) -> httpx.Client:
         """Nobody, in front of nginx."""
-        return httpx.Client(base_url=self.nginx.url, timeout=20)
+        return httpx.Client(base_url=self.nginx.url, timeout=60)
 
     def client(self, user_id: str) -> httpx.Client:
         """That user's app, in front of nginx."""
         return httpx.Client(
-            base_url=self.nginx.url, timeout=20, headers={"Authorization": f"Bearer {self.server.api_key}", "X-User-Id": user_id}
+            base_url=self.nginx.url, timeout=60, headers={"Authorization": f"Bearer {self.server.api_key}", "X-User-Id": user_id}
         )

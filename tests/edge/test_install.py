@@ -1,11 +1,19 @@
 """`coffer edge install` and `coffer edge check`."""
 
+import json
+import shutil
 import stat
+from functools import partial
+from pathlib import Path
+from uuid import UUID
 
 import httpx
 
 from tests.edge.conftest import StartEdge
-from tests.edge.test_links import link, stored
+from tests.edge.nginx import Edge
+from tests.edge.test_links import BODY, link, stored
+from tests.samples import image
+from tests.serving import execute
 from tests.waiting import until
 
 OTHER_KEY = "another-key-that-signs-the-links-of-tests"
@@ -74,6 +82,8 @@ def test_nothing_foreign_gets_into_the_configuration(start_edge: StartEdge) -> N
     for arguments in (
         ["--server-name", "a; return 200"],
         ["--certificate", "/a"],
+        ["--trusted-proxy", "0.0.0.0/0"],
+        ["--trusted-proxy", "10.0.0.0/8; return 200"],
         ["--metrics-listen", "1;}"],
         ["--certificate", "/a b", "--certificate-key", "/c"],
     ):
@@ -88,3 +98,46 @@ def test_check_tells_of_a_server_that_is_away(start_edge: StartEdge) -> None:
     assert edge.coffer("check").returncode == 0
     edge.server.kill()
     until(lambda: edge.coffer("check").returncode == 5, timeout_seconds=20)
+
+
+def lines_about(edge: Edge, request_id: str) -> list[str]:
+    return [line for line in edge.server.logged().splitlines() if f'"request_id":"{request_id}"' in line]
+
+
+def test_every_volume_is_served_and_a_new_one_once_installed(start_edge: StartEdge, tmp_path: Path) -> None:
+    edge = start_edge(COFFER_ACCEL_REDIRECT_PREFIX="/coffer-files")
+    second = tmp_path / "second"
+    second.mkdir()
+    with edge.client("ada") as ada, edge.browser() as browser:
+        moving, staying = stored(ada), stored(ada, image(500), name="stays.png")
+        hint_of_before = link(ada, moving)
+        made = edge.run("volume", "init", str(second), "--json")
+        assert made.returncode == 0, made.stderr
+        assert edge.coffer("check").returncode == 1  # nginx does not know it
+        edge.install()
+        assert edge.coffer("check").returncode == 0
+        edge.server.restart()
+        # As a move of volumes does it: the bytes first, then the row.
+        (path,) = [path for path in edge.server.stored_paths() if moving in path.name]
+        there = second / path.relative_to(edge.server.volume)
+        there.parent.mkdir(parents=True)
+        shutil.copyfile(path, there)
+        execute(
+            edge.server.database_url,
+            "update user_files set volume_id = (select id from volumes where mount_path = $1) where id = $2",
+            str(second),
+            UUID(moving),
+        )
+        path.unlink()
+        passed = edge.nginx.counted("passed")
+        assert browser.get(hint_of_before).content == BODY
+        assert edge.nginx.counted("passed") == passed + 1  # the server found it
+        answered = edge.nginx.counted("answered")
+        for url, body in ((link(ada, moving), BODY), (link(ada, staying), image(500))):
+            until(lambda url=url, body=body: browser.get(url).content == body)  # type: ignore[misc]
+        assert edge.nginx.counted("answered") >= answered + 2
+        for file_id, body in ((moving, BODY), (staying, image(500))):
+            downloaded = ada.get(f"/api/files/{file_id}/download", headers={"X-Request-Id": file_id})
+            assert downloaded.content == body
+            (line,) = until(partial(lines_about, edge, file_id))
+            assert json.loads(line)["bytes_out"] == 0  # nginx sent them

@@ -1,6 +1,8 @@
 """What was revoked, deleted or replaced is gone at the edge within a second, and nginx answers nothing when it cannot know."""
 
 import time
+from pathlib import Path
+from uuid import UUID
 
 import httpx
 import pytest
@@ -96,6 +98,54 @@ def test_with_reads_recorded_nginx_answers_nothing(start_edge: StartEdge) -> Non
     assert recorded[0]["n"] == 1
 
 
+@pytest.mark.parametrize("taken", ["quarantined", "marked"])
+def test_bytes_that_were_set_aside_are_told_as_damaged(start_edge: StartEdge, taken: str) -> None:
+    """Their name is gone from the disk, so nginx asks the server, whose row says that they should be there."""
+    edge = start_edge(COFFER_ACCEL_REDIRECT_PREFIX="/coffer-files")
+    with edge.client("ada") as ada, edge.browser() as browser:
+        file_id = stored(ada)
+        url = link(ada, file_id)
+        assert browser.get(url).status_code == 200
+        (path,) = edge.server.stored_paths()
+        aside = edge.server.volume / "quarantine" / "2026-01-02" / path.name if taken == "quarantined" else Path(f"{path}.damaged")
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(aside)
+        passed = edge.nginx.counted("passed")
+        for answer in (browser.get(url), browser.get(url, headers={"Range": "bytes=0-1"}), ada.get(f"/api/files/{file_id}/download")):
+            assert (answer.status_code, answer.json()["code"]) == (410, "damaged")
+        assert edge.nginx.counted("passed") == passed + 2
+        for place in (aside.relative_to(edge.server.volume), f"coffer-files/quarantine/2026-01-02/{path.name}"):
+            assert browser.get(f"/{place}").status_code in {401, 404}
+        aside.rename(path)
+        assert both(edge, browser, url).content == BODY
+        assert edge.nginx.counted("passed") == passed + 2
+
+
+def test_a_variant_that_nginx_sends_counts_as_used(edge: Edge) -> None:
+    """Else those that are looked at most would be the first to give way. Once an hour the server is asked, and notes it."""
+    worker = RunningWorker(edge.server, edge.nginx.directory / "variants.log", ["server.cli", "worker"], {})
+    try:
+        with edge.client("viewed") as app, edge.browser() as browser:
+            file_id = stored(app, photo().jpegsave_buffer())
+            urls = [link(app, file_id, preview={"width": width, "format": "webp"}) for width in (64, 96)]
+            for url in urls:
+                until(lambda url=url: browser.get(url).status_code == 200)  # type: ignore[misc]
+    finally:
+        worker.kill()
+    age = "update previews set last_used_at = now() - interval '2 days' where file_id = $1"
+    execute(edge.server.database_url, age, UUID(file_id))
+    lately = "select count(*) as n from previews where file_id = $1 and last_used_at > now() - interval '1 hour'"
+    with edge.browser() as browser:
+        passed, answered = edge.nginx.counted("passed"), edge.nginx.counted("answered")
+        assert browser.get(urls[0]).status_code == 200  # the first that nginx could have sent
+        assert edge.nginx.counted("passed") == passed + 1
+        until(lambda: execute(edge.server.database_url, lately, UUID(file_id))[0]["n"] == 1)
+        for _ in range(5):
+            assert browser.get(urls[0]).status_code == 200
+        assert (edge.nginx.counted("passed"), edge.nginx.counted("answered")) == (passed + 1, answered + 5)
+        both(edge, browser, urls[0])
+
+
 def test_previews_end_with_their_original(edge: Edge) -> None:
     worker = RunningWorker(edge.server, edge.nginx.directory / "worker.log", ["server.cli", "worker"], {})
     try:
@@ -104,8 +154,9 @@ def test_previews_end_with_their_original(edge: Edge) -> None:
             until(lambda: ada.get(f"/api/files/{file_id}").json()["preview_state"] == "ready", timeout_seconds=60)
             url = link(ada, file_id, preview="320")
             answered = edge.nginx.counted("answered")
-            shown = both(edge, browser, url)
+            shown = browser.get(url)
             assert edge.nginx.counted("answered") == answered + 1
+            both(edge, browser, url)
             assert (shown.status_code, shown.headers["content-type"]) == (200, "image/webp")
             assert shown.headers["etag"].startswith("W/")
             for value in ("bytes=1-5", "bytes=-3", "bytes=99999999-"):

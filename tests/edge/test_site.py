@@ -12,6 +12,7 @@ import httpx
 
 from tests.edge.conftest import StartEdge
 from tests.edge.nginx import Edge
+from tests.edge.stub import stubbed_nginx
 from tests.edge.test_links import BODY, both, link, stored
 from tests.samples import image
 from tests.serving import execute
@@ -51,12 +52,55 @@ def test_the_client_is_who_nginx_says_it_is(edge: Edge) -> None:
     claims = {"X-Forwarded-For": "203.0.113.9", "Forwarded": "for=203.0.113.9", "X-Real-IP": "203.0.113.9", "X-Forwarded-Proto": "https"}
     with edge.client("ada") as ada:
         ada.get("/api/files", headers={**claims, "X-Request-Id": "who.am.i"}).raise_for_status()
+    (line,) = until(lambda: [line for line in edge.server.logged().splitlines() if "who.am.i" in line])
+    assert json.loads(line)["client"] == "127.0.0.1"
 
-    def clients() -> list[str]:  # the line is written after the answer
-        lines = [json.loads(line) for line in edge.server.logged().splitlines() if "who.am.i" in line]
-        return [line["client"] for line in lines if line["message"] == "request"]
 
-    assert until(clients) == ["127.0.0.1"]
+def test_a_named_proxy_in_front_says_who_the_client_is(start_edge: StartEdge) -> None:
+    """And of IPv6 a /64 is one client, as in the server's own limits."""
+    edge = start_edge(COFFER_RATE_LINKS_PER_ADDRESS="5/60")
+
+    def seen_as(forwarded: str) -> str:
+        with edge.client("ada") as ada:
+            request_id = f"seen.{time.monotonic_ns()}"
+            ada.get("/api/files", headers={"X-Forwarded-For": forwarded, "X-Request-Id": request_id}).raise_for_status()
+        (line,) = until(lambda: [line for line in edge.server.logged().splitlines() if request_id in line])
+        return str(json.loads(line)["client"])
+
+    assert seen_as("203.0.113.9") == "127.0.0.1"
+    done = edge.coffer("install", "--for-real", "--trusted-proxy", "127.0.0.1", "--trusted-proxy", "198.51.100.0/24")
+    assert done.returncode == 0, done.stderr
+    until(lambda: seen_as("203.0.113.9") == "203.0.113.9")
+    assert seen_as("10.9.9.9, 203.0.113.9") == "203.0.113.9"  # what the client says of itself stands to the left
+    assert seen_as("203.0.113.9, 198.51.100.7") == "203.0.113.9"
+    assert seen_as("2001:db8:1:2::9") == "2001:db8:1:2::9"
+    with edge.client("ada") as ada, edge.browser() as browser:
+        url = link(ada, stored(ada))
+
+        def statuses(addresses: list[str]) -> set[int]:
+            return {browser.get(url, headers={"X-Forwarded-For": each}).status_code for each in addresses}
+
+        assert 429 in statuses([f"2001:db8:0:7:{number:x}::1" for number in range(12)])
+        assert statuses(["2001:db8:0:7:ffff::9"]) == {429}
+        assert statuses([f"2001:db8:0:{number:x}::1" for number in range(8, 20)]) == {200}
+        assert statuses([f"192.0.2.{number}" for number in range(12)]) == {200}
+        assert 429 in statuses(["192.0.2.77"] * 12)
+
+
+def test_internal_headers_reach_nobody(tmp_path: Path) -> None:
+    """The server's own `X-Accel-Redirect` is obeyed, a client's is not even handed on."""
+    names = "accel_redirect accel_buffering accel_limit_rate accel_expires accel_charset sendfile real_ip forwarded_host forwarded_port"
+    told = [*names.split(), "original_url", "rewrite_url"]
+    nginx = stubbed_nginx(
+        tmp_path, 'return 200 "[' + "".join(f"$http_x_{name}" for name in told) + ']$http_x_forwarded_for $http_forwarded";'
+    )
+    nginx.start()
+    try:
+        claims = {f"X-{name.replace('_', '-')}": "claimed" for name in told} | {"X-Forwarded-For": "claimed", "Forwarded": "for=claimed"}
+        for path in ("/api/files", "/f/x", "/api/files/events", "/u/x", "/p/x"):
+            assert httpx.get(f"{nginx.url}{path}", headers=claims).text == "[]127.0.0.1 ", path
+    finally:
+        nginx.stop()
 
 
 def test_internal_headers_and_places_are_not_for_outside(edge: Edge) -> None:
