@@ -197,8 +197,17 @@ class Database:
             await self._pool.expire_connections()
 
     async def _release(self, connection: "asyncpg.pool.PoolConnectionProxy[Row]") -> None:
+        """Gives a connection back, or ends it. However that goes, the statement's outcome stands: an error here must not stand for it.
+
+        asyncpg closes an expired connection by asking the server, and on a machine that is busy raises that it took too long. Once that
+        hid a commit, the upload was published again, that failed, and the bytes of a row were removed.
+        """
         if self._pool is not None:
-            await self._pool.release(connection)
+            try:
+                await self._pool.release(connection)
+            except Exception:  # noqa: BLE001 - whatever it is
+                with suppress(asyncpg.InterfaceError):  # the pool has let go of it already
+                    connection.terminate()
 
 
 def _meaning(problem: asyncpg.PostgresError, state: str) -> CofferError | None:

@@ -244,3 +244,16 @@ async def test_what_is_stored_comes_back_as_it_was(db: Database, sql: Connection
         await ledger.get_file(db, "bob", file.id)
     with pytest.raises(NotFound):
         await ledger.set_tags(db, "ada", UUID(int=0), [])
+
+
+async def test_a_connection_that_cannot_be_given_back_does_not_hide_what_was_committed(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(connection: object) -> None:
+        raise TimeoutError
+
+    assert db._pool is not None
+    with monkeypatch.context() as patched:
+        patched.setattr(type(db._pool), "release", lambda self, connection, timeout=None: fail(connection))
+        assert (await db.write("select 7 as number"))[0]["number"] == 7
+    await db.check()
