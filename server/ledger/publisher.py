@@ -5,11 +5,14 @@ A transaction costs PostgreSQL and this process little more for ten files than f
 """
 
 import asyncio
+import logging
 from datetime import datetime
 from typing import NamedTuple
 
+import asyncpg
+
 from server.actor import actor_json
-from server.errors import CommitUnknown, DatabaseUnavailable
+from server.errors import CofferError, CommitUnknown, DatabaseUnavailable
 from server.ledger.database import COMMIT_PATIENCE_SECONDS, Database
 from server.ledger.files import json_text, preview_state_of, publish_file, published
 from server.ledger.models import File, NewFile
@@ -19,6 +22,8 @@ MOST_TOGETHER = 64
 """Bounds how long one transaction holds its users' rows: 64 files take about 5 ms."""
 
 _PUBLISH_TOGETHER = statement("publish_files")
+
+log = logging.getLogger("coffer.ledger")
 
 
 class _Waiting(NamedTuple):
@@ -95,6 +100,10 @@ class Publisher:
             )
         except (CommitUnknown, DatabaseUnavailable) as problem:
             return {}, type(problem)
-        except Exception:  # noqa: BLE001 - whatever one of them has caused is raised again for that one, when it is published alone
+        except (CofferError, asyncpg.PostgresError):  # refused: who caused it is told so again, when published alone
             return {}, None
+        except Exception:
+            # Nobody knows whether this came before the commit or after it.
+            log.exception("files were published with an unknown outcome")
+            return {}, CommitUnknown
         return {row["id"]: row["upload_date"] for row in rows}, None

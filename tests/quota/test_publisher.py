@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections import Counter
 from datetime import UTC, datetime
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -170,3 +171,18 @@ async def test_whoever_is_cancelled_takes_nobody_along(db: Database, sql: Connec
     outcomes = await asyncio.gather(*calls, late, return_exceptions=True)
     assert [type(outcome).__name__ for outcome in outcomes] == ["CancelledError", "File", "File", "File"]
     assert await used(sql, "ada") == (4, 0, 4)  # the cancelled one's row came with the others'
+
+
+async def test_what_fails_after_the_commit_is_unknown(db: Database, sql: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Published once more, alone, it could be refused then, and the bytes of a row be removed."""
+    await add_user(sql, "ada", None)
+    write = db.write
+
+    async def failing(*arguments: Any, **options: Any) -> list[Any]:
+        await write(*arguments, **options)
+        raise RuntimeError("later")
+
+    monkeypatch.setattr(db, "write", failing)
+    with pytest.raises(CommitUnknown):
+        await Publisher(db).publish(new_file("ada", 10))
+    assert await used(sql, "ada") == (10, 0, 1)
