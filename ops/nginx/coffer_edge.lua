@@ -152,8 +152,9 @@ end
 
 -- Leaves nginx with a request that it answers as the server would: without conditions that hold anyway, and with no range or one that
 -- lies in the file. Returns whether it is one; second, whether the answer is 304; third, whether it is a part.
-local function settle_conditions(tag, size)
-    local given = ngx.req.get_headers(0)
+local function settle_conditions(method, tag, size)
+    -- Names are in lower case. What stands behind the table would look for other spellings of each that is absent, which takes 2 us.
+    local given = setmetatable(ngx.req.get_headers(0), nil)
     local range, if_range, if_none_match = given["range"], given["if-range"], given["if-none-match"]
     if given["if-match"] or given["if-unmodified-since"] or (given["if-modified-since"] and not if_none_match) then
         return false
@@ -170,7 +171,7 @@ local function settle_conditions(tag, size)
         end
         return true
     end
-    if ngx.req.get_method() == "HEAD" then  -- RFC 9110, section 14.2: a range has a meaning for GET alone
+    if method == "HEAD" then  -- RFC 9110, section 14.2: a range has a meaning for GET alone
         ngx.req.clear_header("Range")
         ngx.req.clear_header("If-Range")
         return true
@@ -311,7 +312,7 @@ local function settle()
     -- nginx must never judge these two, not even when they are empty, which in Lua alone is not the same as absent: it would answer 412.
     if var.coffer_conditions ~= "" or var.http_if_match or var.http_if_unmodified_since then
         local sure
-        sure, unchanged, part = settle_conditions(link.tag, size)
+        sure, unchanged, part = settle_conditions(method, link.tag, size)
         if not sure then
             return false
         end

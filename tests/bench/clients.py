@@ -29,15 +29,15 @@ def _curl(server: Server, jobs: Sequence[tuple[Request, Sequence[str | Path]]]) 
     for number, (request, how) in enumerate(jobs):
         url = f"http://127.0.0.1:{server.port}{request.path.replace('{n}', _unique(number))}"
         headers = [part for header in (*request.headers, "Expect:") for part in ("-H", header)]
-        command = ["curl", "-s", "-S", "--http1.1", "-o", os.devnull, "-w", "%{http_code}", "-X", request.method, *headers, *how, url]
+        command = ["curl", "-s", "-S", "--http1.1", "-w", "\\n%{http_code}", "-X", request.method, *headers, *how, url]
         commands.append(command)
     began = time.perf_counter()
     clients = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for command in commands]
     answers = [client.communicate(timeout=CLIENT_SECONDS) for client in clients]
     seconds = time.perf_counter() - began
     for answer, errors in answers:
-        if not answer.startswith(b"2"):
-            raise BenchError(f"a large request failed: status {answer.decode()} {errors.decode()}")
+        if not answer.rpartition(b"\n")[2].startswith(b"2"):
+            raise BenchError(f"a large request failed: {answer.decode()} {errors.decode()}")
     return seconds
 
 
