@@ -268,14 +268,17 @@ async def change_file(request: Http, file_id: UUID, data: FileChanges) -> FileAn
     await _check_if_match(request, file_id)
     if data == FileChanges():
         return file_json(await ledger.get_file(services_of(request).db, principal_of(request).owner, file_id))
+    services = services_of(request)
     file = await ledger.update_file(
-        services_of(request).db,
+        services.db,
         principal_of(request).owner,
         file_id,
         file_name=UNSET if data.file_name is UNSET else fields.clean_name(data.file_name, "file_name"),
         package_name=UNSET if data.package_name is UNSET else fields.clean_package_name(data.package_name),
         metadata=UNSET if data.metadata is UNSET else fields.clean_metadata(data.metadata),
     )
+    if file.public_id is not None:
+        services.recent_links.clear()  # its answers say its name
     return file_json(file)
 
 

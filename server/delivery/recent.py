@@ -84,7 +84,7 @@ class RecentLinks:
             self._sweep = asyncio.get_running_loop().call_later(KEPT_SECONDS, self._forget)
 
     def clear(self) -> None:
-        """Forgets all: somebody's links have been revoked, or a public file is none any more."""
+        """Forgets all: somebody's links have been revoked, or a public file is none any more, or has another name."""
         self._kept.clear()
         self._cleared_at = self._clock()  # what was asked before, and is answered only now, may say what was true before
 
