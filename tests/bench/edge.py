@@ -56,8 +56,10 @@ def measure(stage: Stage) -> None:
         bodies = {"4 KiB": image(4 * KIB), "200 KiB": image(200 * KIB), "5 MiB": image(5 * MIB), "100 MiB": image(100 * MIB)}
         links: dict[str, str] = {}
         files: dict[str, str] = {}
+        ids: dict[str, str] = {}
         for name, body in bodies.items():
             stored = json.loads(Connection(coffer.port).ask(coffer.upload(_USER, "image/png"), body, "stored"))
+            ids[name] = stored["id"]
             files[name] = f"http://127.0.0.1:{direct}/{_path(coffer, stored['id'])}"
             links[name] = f"http://127.0.0.1:{nginx.port}{_link(coffer, stored['id'])}"
         small = json.loads(Connection(coffer.port).ask(coffer.upload(_USER, "image/png"), bodies["4 KiB"], "stored"))
@@ -67,6 +69,11 @@ def measure(stage: Stage) -> None:
         _compare(nginx, "1 MB of 100 MiB", files["100 MiB"], links["100 MiB"], 0.95, *part)
         distinct = _script(stage.scratch / "distinct.lua", _distinct(coffer, small))
         _compare(nginx, "4 KiB, each link another", files["4 KiB"], links["4 KiB"], None, "-s", str(distinct))
+        owner = f"http://127.0.0.1:{nginx.port}/api/files/{ids['200 KiB']}/download"
+        headers = [part for header in coffer.headers(_USER) for part in ("-H", header)]
+        _compare(nginx, "200 KiB, its owner (X-Accel-Redirect)", files["200 KiB"], owner, 0.5, *headers)
+        public = _ask(coffer, "PUT", f"/api/files/{ids['200 KiB']}/public", b'{"is_public": true}')["url"]
+        _compare(nginx, "200 KiB, public (the same without a row)", files["200 KiB"], f"http://127.0.0.1:{nginx.port}{public}", 0.6)
         _latency(files["200 KiB"], links["200 KiB"])
         _mixed(stage, coffer, nginx, links)
         if nginx.counted("passed"):
@@ -171,6 +178,7 @@ def _coffer(stage: Stage) -> Iterator[Coffer]:
         "COFFER_LINK_KEYS": _KEY,
         "COFFER_EDGE_STATE_FILE": str(stage.scratch / "edge-state"),
         "COFFER_TRUSTED_PROXIES": "127.0.0.1",
+        "COFFER_ACCEL_REDIRECT_PREFIX": "/coffer-files",
         "COFFER_RATE_LINKS_PER_ADDRESS": "off",
         "COFFER_RATE_EXEMPT_ADDRESSES": "127.0.0.1",
     }
@@ -208,8 +216,8 @@ def _nginx(stage: Stage, coffer: Coffer) -> Iterator[tuple[Nginx, int]]:
         nginx.stop()
 
 
-def _ask(coffer: Coffer, method: str, path: str) -> dict[str, str]:
-    request = HttpRequest(f"http://127.0.0.1:{coffer.port}{path}", method=method, data=b"{}" if method == "POST" else None)
+def _ask(coffer: Coffer, method: str, path: str, body: bytes = b"{}") -> dict[str, str]:
+    request = HttpRequest(f"http://127.0.0.1:{coffer.port}{path}", method=method, data=body)
     for header in (*coffer.headers(_USER), "Content-Type: application/json"):
         request.add_header(*header.split(": ", 1))
     with urlopen(request, timeout=30) as answer:  # noqa: S310
