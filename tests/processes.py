@@ -11,6 +11,14 @@ def has_ended(pid: int) -> bool:
         return True
 
 
+def command_of(pid: int) -> str:
+    """Its arguments, with a NUL after each; nothing when it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
 def open_below(directory: Path, pid: int | str = "self") -> list[str]:
     """The files below a directory that a process has open, each as often as it has."""
     found = []

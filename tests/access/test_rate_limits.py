@@ -25,6 +25,7 @@ from server.rates import Buckets
 from server.setting_values import Rate
 from server.settings import SettingError, Settings
 from tests.access.test_download_links import code, link, stored
+from tests.processes import command_of
 from tests.serving import RunningServer, ServerFactory
 from tests.waiting import until
 
@@ -224,7 +225,7 @@ def two_processes(start_server: ServerFactory) -> Iterator[RunningServer]:
 
 def children(server: RunningServer) -> set[int]:
     pids = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
-    return {int(pid) for pid in pids if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()}
+    return {int(pid) for pid in pids if "spawn_main" in command_of(int(pid))}
 
 
 def test_processes_count_a_users_requests_together(two_processes: RunningServer) -> None:

@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from server.metrics import VOLUME_STATES, Metrics, VolumeFacts
+from tests.processes import command_of
 from tests.samples import image
 from tests.serving import RunningServer, ServerFactory, execute
 from tests.waiting import until
@@ -98,7 +99,7 @@ def two_processes(start_server: ServerFactory) -> Iterator[RunningServer]:
 def serving(server: RunningServer) -> set[int]:
     """The processes that answer requests, below the one that was started."""
     pids = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
-    return {int(pid) for pid in pids if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()}
+    return {int(pid) for pid in pids if "spawn_main" in command_of(int(pid))}
 
 
 def test_two_processes_count_together_and_a_killed_one_is_forgotten(two_processes: RunningServer) -> None:

@@ -16,7 +16,7 @@ from tests.previews.conftest import RealWorkerFactory, RunningWorker
 from tests.previews.pictures import photo
 from tests.previews.test_gallery import upload
 from tests.previews.test_queue import coffer, states
-from tests.processes import has_ended
+from tests.processes import command_of, has_ended
 from tests.serving import RunningServer, execute
 from tests.waiting import until
 
@@ -29,13 +29,6 @@ def descendants(pid: int) -> Iterator[int]:
             for child in (task / "children").read_text().split():
                 yield int(child)
                 yield from descendants(int(child))
-
-
-def command_of(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
 
 
 def decoding(worker: RunningWorker) -> list[int]:
