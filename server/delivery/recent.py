@@ -34,8 +34,8 @@ class RecentLinks:
     """The files of links (by their text) and public files (by their ids) answered within the last second. Lives in one event loop.
 
     A file whose inode has changed since is none of them any more, in whichever process that happened: deleting, replacing and revoking a
-    file's links all take its name away, which is such a change. What does not touch the file (a user's epoch) is found in the row,
-    after `KEPT_SECONDS` at most, or at once by `clear`.
+    file's links all take its name away, which is such a change. What does not touch the file (a user's epoch, what a public file is called)
+    is found in the row, after `KEPT_SECONDS` at most, or at once by `clear`.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 import httpx
@@ -22,26 +21,12 @@ from server.settings import Settings
 from server.vault import Vault
 from server.vault.layout import stored_path
 from tests.download.samples import a_file
+from tests.linking import BODY, link, stored
 from tests.samples import image
 from tests.serving import RunningServer, ServerFactory
 from tests.waiting import until
 
-BODY = image(300_000)
 MISSING = "01900000-0000-7000-8000-000000000000"
-
-
-def stored(client: httpx.Client, body: bytes = BODY, name: str = "Sonne 🌅.png") -> str:
-    answer = client.post("/api/files/upload", content=body, params={"name": name})
-    assert answer.status_code == 201, answer.text
-    file_id: str = answer.json()["id"]
-    return file_id
-
-
-def link(client: httpx.Client, file_id: str, **wish: Any) -> str:
-    answer = client.post(f"/api/files/{file_id}/link", json=wish)
-    assert answer.status_code == 200, answer.text
-    url: str = answer.json()["url"]
-    return url
 
 
 def code(answer: httpx.Response) -> tuple[int, str]:

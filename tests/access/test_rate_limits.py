@@ -24,7 +24,8 @@ from server.errors import RateLimited
 from server.rates import Buckets
 from server.setting_values import Rate
 from server.settings import SettingError, Settings
-from tests.access.test_download_links import code, link, stored
+from tests.access.test_download_links import code
+from tests.linking import link, stored
 from tests.processes import command_of
 from tests.serving import RunningServer, ServerFactory
 from tests.waiting import until

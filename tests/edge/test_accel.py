@@ -8,7 +8,8 @@ import pytest
 from tests.edge.conftest import StartEdge
 from tests.edge.make_vectors import VOLUME
 from tests.edge.stub import stubbed_nginx
-from tests.edge.test_links import said, stored
+from tests.edge.test_links import said
+from tests.linking import stored
 from tests.samples import image
 
 BODY = image(100_000)

@@ -8,7 +8,7 @@ import pytest
 
 from tests.edge.conftest import StartEdge
 from tests.edge.nginx import Edge, Nginx
-from tests.edge.test_links import BODY, link, stored
+from tests.linking import BODY, link, stored
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_public_links_are_kept_and_served_without_us(start_edge: StartEdge, cdn:
     edge = start_edge(COFFER_LINK_CACHE="public")
     put_before(cdn, edge)
     with edge.client("ada") as ada, httpx.Client(base_url=cdn.url) as browser:
-        file_id = stored(ada)
+        file_id = stored(ada, name="Sonne.png")
         url = link(ada, file_id)
         first, second = browser.get(url), browser.get(url)
         assert (first.headers["x-cache"], second.headers["x-cache"]) == ("MISS", "HIT")

@@ -11,7 +11,7 @@ import httpx
 
 from tests.edge.conftest import StartEdge
 from tests.edge.nginx import Edge
-from tests.edge.test_links import BODY, link, stored
+from tests.linking import BODY, link, stored
 from tests.samples import image
 from tests.serving import execute
 from tests.waiting import until

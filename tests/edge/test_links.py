@@ -8,25 +8,11 @@ import httpx
 import pytest
 
 from tests.edge.nginx import Edge
+from tests.linking import BODY, link, stored
 from tests.samples import image
 
-BODY = image(300_000)
 # Of the connection.
 OWN = frozenset({"date", "server", "connection"})
-
-
-def stored(client: httpx.Client, body: bytes = BODY, name: str = "Sonne.png", **query: str) -> str:
-    answer = client.post("/api/files/upload", content=body, params={"name": name, **query})
-    assert answer.status_code == 201, answer.text
-    file_id: str = answer.json()["id"]
-    return file_id
-
-
-def link(client: httpx.Client, file_id: str, **wish: Any) -> str:
-    answer = client.post(f"/api/files/{file_id}/link", json=wish)
-    assert answer.status_code == 200, answer.text
-    url: str = answer.json()["url"]
-    return url
 
 
 def said(answer: httpx.Response) -> tuple[int, list[tuple[str, str]], bytes]:

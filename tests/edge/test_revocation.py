@@ -9,7 +9,8 @@ import pytest
 
 from tests.edge.conftest import StartEdge
 from tests.edge.nginx import Edge
-from tests.edge.test_links import BODY, both, link, stored
+from tests.edge.test_links import both
+from tests.linking import BODY, link, stored
 from tests.previews.conftest import RunningWorker
 from tests.previews.pictures import photo
 from tests.samples import image

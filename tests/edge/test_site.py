@@ -13,7 +13,8 @@ import httpx
 from tests.edge.conftest import StartEdge
 from tests.edge.nginx import Edge
 from tests.edge.stub import stubbed_nginx
-from tests.edge.test_links import BODY, both, link, stored
+from tests.edge.test_links import both
+from tests.linking import BODY, link, stored
 from tests.samples import image
 from tests.serving import execute
 from tests.waiting import until

@@ -15,7 +15,7 @@ from tests.access.test_slow_clients import HUNG_UP_SECONDS, dripped_upon, until_
 from tests.conftest import PostgresServer
 from tests.edge.conftest import running_edge
 from tests.edge.nginx import Edge
-from tests.edge.test_links import link, stored
+from tests.linking import link, stored
 from tests.samples import image
 from tests.waiting import until
 

@@ -8,7 +8,7 @@ import httpx
 
 from tests.edge.conftest import StartEdge
 from tests.edge.nginx import Edge
-from tests.edge.test_links import link, stored
+from tests.linking import link, stored
 from tests.samples import image
 from tests.serving import execute
 from tests.tus.speaking import create, head, offset, patch, post
