@@ -7,8 +7,9 @@
 A test that awaits is an `async def` under `pytestmark = pytest.mark.anyio` (asyncio is the only backend); `db` and `volume` are for
 such tests only. A plain `def` test may use all the others.
 
-PostgreSQL is the embedded one, started once per session and without durability, which tests/recovery must never lack: tests there get
-a second, durable one. TEST_DATABASE_URL names another server to use for both; its role must be allowed to create databases.
+PostgreSQL is the embedded one, started once per session, without durability and in memory, where a database for a test costs a tenth of
+what it does on a disk. Tests in tests/recovery must never lack durability: they get a second one, on a disk. TEST_DATABASE_URL names
+another server to use for both; its role must be allowed to create databases.
 """
 
 import asyncio
@@ -18,6 +19,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
@@ -25,6 +27,7 @@ import asyncpg
 import pytest
 
 from ops.embedded_postgres import EmbeddedPostgres
+from ops.scratch import directory_for_now
 from server.ledger import Database, add_volume, migrate
 from server.settings import Settings
 from server.vault.sentinel import init_volume
@@ -33,10 +36,25 @@ pytest_plugins = ["tests.serving"]
 
 # A shell starts what runs in its background deaf to interrupts, and that is inherited, by servers that tests interrupt, too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Told to end, pytest takes away what the fixtures have made, as it does when it is interrupted.
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+# The embedded PostgreSQL has no TLS. asyncpg would ask for it first, and where that is cancelled it leaves an exception behind that nobody
+# takes; anyio then fails the test.
+os.environ.setdefault("PGSSLMODE", "disable")
 
 RECOVERY = Path(__file__).parent / "recovery"
-FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "max_connections": "200"}
+FAST = {
+    "fsync": "off",
+    "synchronous_commit": "off",
+    "full_page_writes": "off",
+    "min_wal_size": "32MB",
+    "max_wal_size": "128MB",
+    "max_connections": "200",
+}
 DURABLE = {"max_connections": "200"}
+_CLUSTER_BYTES = 2 * 2**30
+"""More than a session's cluster takes with all its databases; its log of changes is kept short."""
 
 _numbers = itertools.count()
 
@@ -44,8 +62,10 @@ _numbers = itertools.count()
 class PostgresServer:
     """A server with a migrated template, cloned for each test."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, is_durable: bool) -> None:
         self._url = url
+        # Its checkpoints cost nothing where nothing is durable; to log every page costs twice as much there.
+        self._strategy = "wal_log" if is_durable else "file_copy"
         self._template = f"coffer_template_{os.getpid()}_{next(_numbers)}"
         asyncio.run(self._execute(f"create database {self._template}"))
         asyncio.run(migrate(self.url_of(self._template)))
@@ -56,8 +76,18 @@ class PostgresServer:
     def clone(self, *, empty: bool = False) -> str:
         """A new database, a copy of the template or an `empty` one."""
         name = f"coffer_test_{os.getpid()}_{next(_numbers)}"
-        asyncio.run(self._execute(f"create database {name} template {'template0' if empty else self._template}"))
+        template = "template0" if empty else self._template
+        asyncio.run(self._execute(f"create database {name} template {template} strategy {self._strategy}"))
         return self.url_of(name)
+
+    @contextmanager
+    def database(self, *, empty: bool = False) -> Iterator[str]:
+        """A new database until the end of the block, a copy of the template or an `empty` one."""
+        url = self.clone(empty=empty)
+        try:
+            yield url
+        finally:
+            self.drop(url)
 
     def drop(self, url: str) -> None:
         asyncio.run(self._execute(f"drop database {urlsplit(url).path[1:]} with (force)"))
@@ -77,30 +107,32 @@ class PostgresServer:
 def postgres_servers() -> Iterator[Callable[[bool], PostgresServer]]:
     """Gives the session's fast or (True) durable server, started when first asked for."""
     started: dict[bool, PostgresServer] = {}
-    embedded: list[EmbeddedPostgres] = []
     # Not below pytest's directory, which belongs to root alone when root runs the tests, and PostgreSQL refuses to be root.
-    directory = Path(tempfile.mkdtemp(prefix="coffer-tests-"))
-    directory.chmod(0o711)
+    with (
+        directory_for_now(_memory() or Path(tempfile.gettempdir()), "coffer-tests-") as fast,
+        directory_for_now(Path(tempfile.gettempdir()), "coffer-tests-durable-") as durable,
+        ExitStack() as stack,
+    ):
 
-    def server(durable: bool) -> PostgresServer:
-        url = os.environ.get("TEST_DATABASE_URL")
-        durable = durable and url is None
-        if durable not in started:
-            if url is None:
-                postgres = EmbeddedPostgres(directory / ("durable" if durable else "fast"), settings=DURABLE if durable else FAST)
-                url = postgres.start()
-                embedded.append(postgres)
-            started[durable] = PostgresServer(url)
-        return started[durable]
+        def server(is_durable: bool) -> PostgresServer:
+            url = os.environ.get("TEST_DATABASE_URL")
+            is_durable = is_durable or url is not None
+            if is_durable not in started:
+                if url is None:
+                    postgres = EmbeddedPostgres(durable, settings=DURABLE) if is_durable else EmbeddedPostgres(fast, settings=FAST)
+                    stack.callback(postgres.stop)
+                    url = postgres.start()
+                started[is_durable] = PostgresServer(url, is_durable=is_durable)
+                stack.callback(started[is_durable].close)
+            return started[is_durable]
 
-    try:
         yield server
-        for each in started.values():
-            each.close()
-    finally:
-        for each_embedded in embedded:
-            each_embedded.stop()
-        shutil.rmtree(directory)
+
+
+def _memory() -> Path | None:
+    """A file system in memory with room for a cluster, if there is one; containers may have one of 64 MiB."""
+    memory = Path("/dev/shm")
+    return memory if memory.is_dir() and shutil.disk_usage(memory).free >= _CLUSTER_BYTES else None
 
 
 @pytest.fixture
@@ -111,17 +143,15 @@ def postgres_server(request: pytest.FixtureRequest, postgres_servers: Callable[[
 
 @pytest.fixture
 def database_url(postgres_server: PostgresServer) -> Iterator[str]:
-    url = postgres_server.clone()
-    yield url
-    postgres_server.drop(url)
+    with postgres_server.database() as url:
+        yield url
 
 
 @pytest.fixture
 def empty_database_url(postgres_server: PostgresServer) -> Iterator[str]:
     """A database without Coffer's tables."""
-    url = postgres_server.clone(empty=True)
-    yield url
-    postgres_server.drop(url)
+    with postgres_server.database(empty=True) as url:
+        yield url
 
 
 @pytest.fixture

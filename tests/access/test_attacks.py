@@ -12,14 +12,11 @@ from tests.conftest import PostgresServer
 @pytest.fixture(scope="module")
 def target(postgres_servers: Callable[[bool], PostgresServer], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
     """One server for all: whatever an attack leaves behind must not help the next."""
-    postgres = postgres_servers(False)
-    database_url = postgres.clone()
-    scratch = tmp_path_factory.mktemp("attack")
-    try:
-        with target_on(database_url, scratch, thorough=False) as target:
-            yield target
-    finally:
-        postgres.drop(database_url)
+    with (
+        postgres_servers(False).database() as database_url,
+        target_on(database_url, tmp_path_factory.mktemp("attack"), thorough=False) as target,
+    ):
+        yield target
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.number}-{case.title.replace(' ', '-')}")

@@ -13,6 +13,7 @@ from pathlib import Path
 from ops.embedded_postgres import EmbeddedPostgres
 from tests.attack.cases import CASES, Case, run
 from tests.attack.target import Target, target_on
+from tests.scratch import scratch
 
 NOT_DURABLE = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
 
@@ -27,12 +28,10 @@ def main() -> int:
         parser.error(f"no such attack: {', '.join(map(str, sorted(unknown)))}")
     chosen = [case for case in CASES if not numbers or case.number in numbers]
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="coffer-attack-") as name:
-        scratch = Path(name)
-        scratch.chmod(0o711)  # the embedded PostgreSQL, started by root, runs as another user
-        postgres = EmbeddedPostgres(scratch / "postgres", settings=NOT_DURABLE)
+    with scratch(Path(tempfile.gettempdir()), "coffer-attack-") as directory:
+        postgres = EmbeddedPostgres(directory / "postgres", settings=NOT_DURABLE)
         try:
-            with target_on(postgres.start(), scratch, thorough=True) as target:
+            with target_on(postgres.start(), directory, thorough=True) as target:
                 outcomes = [_told(case, target) for case in chosen]
         finally:
             postgres.stop()

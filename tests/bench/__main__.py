@@ -7,7 +7,6 @@ Everything runs on loopback and in a scratch directory that is removed at the en
 import argparse
 import shutil
 import sys
-import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 from tests.bench import downloads, edge, huge, large, links, lists, memory, previews, small, tus
 from tests.bench.harness import Stage, elapsed, say
 from tests.bench.processes import BenchError
+from tests.scratch import scratch
 
 SECTIONS = {
     "large": large,
@@ -45,18 +45,14 @@ def main() -> int:
         print("the benchmark needs curl", file=sys.stderr)
         return 1
     arguments.scratch.mkdir(mode=0o711, parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix="bench-", dir=arguments.scratch.resolve()))
-    scratch.chmod(0o711)  # the embedded PostgreSQL, started by root, runs as another user
     began = time.monotonic()
     try:
-        with ExitStack() as stack:
-            stage = Stage(scratch, stack)
+        with scratch(arguments.scratch, "bench-") as directory, ExitStack() as stack:
+            stage = Stage(directory, stack)
             for name in arguments.sections or SECTIONS:
                 _run(name, stage)
     except KeyboardInterrupt:
         return 130
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     print(f"\ndone in {elapsed(began)}", flush=True)
     return 0
 

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from ops.embedded_postgres import EmbeddedPostgres
+from tests.scratch import scratch
 from tests.torture.cases import CASES, Case
 from tests.torture.stage import Stage
 
@@ -25,12 +26,10 @@ def main() -> int:
         parser.error(f"no such fault: {', '.join(map(str, sorted(unknown)))}")
     chosen = [case for case in CASES if not numbers or case.number in numbers]
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="coffer-torture-") as name:
-        scratch = Path(name)
-        scratch.chmod(0o711)  # the embedded PostgreSQL, started by root, runs as another user
-        postgres = EmbeddedPostgres(scratch / "postgres", settings={"max_connections": "200"})
+    with scratch(Path(tempfile.gettempdir()), "coffer-torture-") as directory:
+        postgres = EmbeddedPostgres(directory / "postgres", settings={"max_connections": "200"})
         try:
-            stage = Stage(postgres.start(), scratch)
+            stage = Stage(postgres.start(), directory)
             outcomes = [_told(case, stage) for case in chosen]
         finally:
             postgres.stop()
