@@ -15,8 +15,8 @@ DATA ?= .coffer
 TESTS ?=
 # Sections for `make bench`: make bench BENCH="large small"
 BENCH ?=
-# One more than there are processors: many tests wait for servers and workers.
-TEST_PROCESSES ?= $(shell expr $$(nproc) + 1)
+# Two more than there are processors: many tests wait for servers and workers.
+TEST_PROCESSES ?= $(shell expr $$(nproc) + 2)
 # Attacks for `make attack`, by number: make attack ATTACK="5 14"
 ATTACK ?=
 # Faults for `make torture`, by number: make torture TORTURE="1 2"
@@ -47,6 +47,8 @@ stop:  ## stop what `make run` started (DATA=.coffer)
 ##@ Working on Coffer
 
 .PHONY: test
+# Tests start hundreds of processes. Where the environment forbids Python to keep what it has compiled, each would compile all of us anew.
+test: export PYTHONDONTWRITEBYTECODE =
 test: $(DEVELOPING) test-packages  ## run all tests, on all cores (TESTS="tests/quota -k race" for some)
 	@$(RUN) -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(TESTS)
 

@@ -2,17 +2,21 @@
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Protocol
 
 import server.cli
+from server.intake import housekeeping
 from server.previews.confinement import end_with_parent
 
-__all__ = ["Executed", "Forked", "Launched"]
+__all__ = ["Executed", "Forked", "Launched", "Main", "kill_session"]
+
+Main = Callable[[Sequence[str]], object]
 
 
 class Launched(Protocol):
@@ -55,19 +59,31 @@ class Executed:
             raise TimeoutError from None
 
 
+def kill_session(process: Launched) -> None:
+    """SIGKILL, to a command and its children, and waits until it has ended."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:  # it has ended, or does not lead its session yet
+        process.kill()
+    process.join()
+
+
+_TIDY_SECONDS = 3.0  # a fifth of what it is otherwise: many tests wait until a server has tidied up
+
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload([__name__, "server.app"])
+_context.set_forkserver_preload(["tests.preloaded"])
 
 
 class Forked:
     """A command in a process that has imported everything already: to do that anew for each server took half of the tests' time.
 
-    Python's fork server imports it once. Not for measuring: the process knows the tests' main module too.
+    Python's fork server imports it once (tests/preloaded.py). Not for measuring: the process knows the tests' main module too. `main` is
+    Coffer's, or another one of a module's top level.
     """
 
-    def __init__(self, arguments: Sequence[str], environment: dict[str, str], log: Path) -> None:
+    def __init__(self, arguments: Sequence[str], environment: dict[str, str], log: Path, main: Main = server.cli.main) -> None:
         log.touch()
-        self._process: ForkServerProcess = _context.Process(target=_become, args=(list(arguments), environment, log))
+        self._process: ForkServerProcess = _context.Process(target=_become, args=(main, list(arguments), environment, log))
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -84,7 +100,7 @@ class Forked:
         return self._process.exitcode
 
 
-def _become(arguments: list[str], environment: dict[str, str], log: Path) -> None:
+def _become(main: Main, arguments: list[str], environment: dict[str, str], log: Path) -> None:
     os.setsid()
     end_with_parent()
     os.environ.clear()
@@ -92,5 +108,6 @@ def _become(arguments: list[str], environment: dict[str, str], log: Path) -> Non
     nothing, said = os.open(os.devnull, os.O_RDONLY), os.open(log, os.O_WRONLY | os.O_APPEND)
     for to, of in ((0, nothing), (1, said), (2, said)):
         os.dup2(of, to)
+    housekeeping._TIDY_SECONDS = _TIDY_SECONDS
     sys.stdin = os.fdopen(0)  # another number would not be inherited by the processes that a server starts
-    server.cli.main(arguments)
+    main(arguments)

@@ -3,15 +3,14 @@
 import asyncio
 import hashlib
 import os
-import signal
 import socket
 import ssl
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, closing, contextmanager
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote
 
 import asyncpg
@@ -19,11 +18,14 @@ import httpx
 import pytest
 
 from server.auth import NewApiKey, Scope
-from server.ledger import Database, add_volume, create_api_key, migrate
+from server.commands.volumes import register_volume
+from server.ledger import Database, create_api_key, migrate
 from server.settings import Settings
-from server.vault.sentinel import init_volume
-from tests.launching import Executed, Forked, Launched
+from tests.launching import Executed, Forked, Launched, kill_session
 from tests.waiting import until
+
+if TYPE_CHECKING:
+    from tests.conftest import PostgresServer
 
 READY_SECONDS = 60
 _NO_TLS = ssl.create_default_context()  # reading the certificates of those who vouch for others takes 20 ms each time
@@ -99,11 +101,7 @@ class RunningServer:
     def kill(self) -> None:
         """SIGKILL, to it and its children."""
         if self._process is not None:
-            try:
-                os.killpg(self._process.pid, signal.SIGKILL)
-            except ProcessLookupError:  # it has ended, or does not lead its session yet
-                self._process.kill()
-            self._process.join()
+            kill_session(self._process)
             self._process = None
 
     def restart(self) -> None:
@@ -120,7 +118,7 @@ class RunningServer:
 
     def new_key(self, *scopes: Scope) -> str:
         """Another API key, with these scopes."""
-        return asyncio.run(_create_key(self.database_url, [scope.value for scope in scopes]))
+        return asyncio.run(_add_key(self.database_url, [scope.value for scope in scopes]))
 
     def set_quota(self, user_id: str, max_bytes: int | None) -> None:
         with self.client() as admin:
@@ -204,6 +202,30 @@ def server(start_server: ServerFactory) -> RunningServer:
     return start_server()
 
 
+class SharedServer(Protocol):
+    """A server on a database and a volume of its own, within a block. Keyword arguments in capitals are settings by their variables."""
+
+    def __call__(self, **environment: str) -> AbstractContextManager[RunningServer]: ...
+
+
+@pytest.fixture(scope="session")
+def shared_server(postgres_servers: "Callable[[bool], PostgresServer]", tmp_path_factory: pytest.TempPathFactory) -> SharedServer:
+    """For a server that all tests of a module share, which keep apart by acting for users of their own."""
+
+    @contextmanager
+    def running(**environment: str) -> Iterator[RunningServer]:
+        with postgres_servers(False).database() as database_url:
+            server = new_server(database_url, tmp_path_factory.mktemp("server"), None, environment)
+            server.launch = Forked
+            try:
+                server.start()
+                yield server
+            finally:
+                server.kill()
+
+    return running
+
+
 def execute(database_url: str, statement: str, *arguments: Any) -> list[asyncpg.Record]:
     """Runs one statement on a connection of its own."""
 
@@ -219,24 +241,30 @@ def execute(database_url: str, statement: str, *arguments: Any) -> list[asyncpg.
 
 async def _set_up(database_url: str, volume: Path) -> str:
     await migrate(database_url)
-    db = Database(Settings(database_url=database_url))
-    await db.open()
-    try:
-        await add_volume(db, init_volume(volume), str(volume))
-    finally:
-        await db.close()
-    return await _create_key(database_url, ALL_SCOPES)
+    async with _opened(database_url) as db:
+        await register_volume(db, volume)
+        return await _create_key(db, ALL_SCOPES)
 
 
-async def _create_key(database_url: str, scopes: list[str]) -> str:
+async def _add_key(database_url: str, scopes: list[str]) -> str:
+    async with _opened(database_url) as db:
+        return await _create_key(db, scopes)
+
+
+async def _create_key(db: Database, scopes: list[str]) -> str:
     key = NewApiKey.generate()
+    await create_api_key(db, key_id=key.key_id, name="test", secret_sha256=key.secret_sha256, scopes=scopes)
+    return key.text
+
+
+@asynccontextmanager
+async def _opened(database_url: str) -> AsyncIterator[Database]:
     db = Database(Settings(database_url=database_url))
     await db.open()
     try:
-        await create_api_key(db, key_id=key.key_id, name="test", secret_sha256=key.secret_sha256, scopes=scopes)
+        yield db
     finally:
         await db.close()
-    return key.text
 
 
 def _reserved_port() -> socket.socket:

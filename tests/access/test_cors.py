@@ -1,14 +1,13 @@
 """Pages of other origins: what a browser is told that they may ask and read."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import httpx
 import pytest
 
 from server.settings import SettingError, Settings
-from tests.conftest import PostgresServer
 from tests.samples import image
-from tests.serving import RunningServer, ServerFactory, new_server
+from tests.serving import RunningServer, ServerFactory, SharedServer
 from tests.waiting import until
 
 APP, OTHER, EVIL = "https://app.example.com", "http://localhost:5173", "https://evil.example"
@@ -17,17 +16,10 @@ ALLOW = "access-control-allow-origin"
 
 
 @pytest.fixture(scope="module")
-def strict(postgres_servers: Callable[[bool], PostgresServer], tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+def strict(shared_server: SharedServer) -> Iterator[RunningServer]:
     """A server for these two origins. Tests keep apart by acting for users of their own."""
-    postgres = postgres_servers(False)
-    database_url = postgres.clone()
-    server = new_server(database_url, tmp_path_factory.mktemp("cors"), None, {"COFFER_CORS_ORIGINS": f"{APP} {OTHER}"})
-    try:
-        server.start()
+    with shared_server(COFFER_CORS_ORIGINS=f"{APP} {OTHER}") as server:
         yield server
-    finally:
-        server.kill()
-        postgres.drop(database_url)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import asyncio
 import base64
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_network
 from typing import Any
@@ -17,9 +17,8 @@ from server.auth import Authenticator, NewApiKey, Scope, authenticator
 from server.errors import DatabaseUnavailable, Forbidden, Unauthenticated
 from server.ledger import Database, listing
 from server.settings import Settings
-from tests.conftest import PostgresServer
 from tests.samples import image, video
-from tests.serving import RunningServer, execute, new_server
+from tests.serving import RunningServer, SharedServer, execute
 from tests.waiting import until
 
 MISSING = "01900000-0000-7000-8000-000000000000"
@@ -27,16 +26,9 @@ EVERY_RIGHT_OF_USERS = [Scope.FILES_READ.value, Scope.FILES_WRITE.value, Scope.L
 
 
 @pytest.fixture(scope="module")
-def server(postgres_servers: Callable[[bool], PostgresServer], tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    postgres = postgres_servers(False)
-    database_url = postgres.clone()
-    server = new_server(database_url, tmp_path_factory.mktemp("keys"), None, {})
-    try:
-        server.start()
+def server(shared_server: SharedServer) -> Iterator[RunningServer]:
+    with shared_server() as server:
         yield server
-    finally:
-        server.kill()
-        postgres.drop(database_url)
 
 
 def new_key(database_url: str, **restrictions: Any) -> NewApiKey:

@@ -1,6 +1,6 @@
 """What every answer tells a browser about itself: how to reach us, who may draw it into a page, that it is not to be run."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import httpx
 import pytest
@@ -8,26 +8,18 @@ import pytest
 from server.delivery.headers import CONTENT_SECURITY_POLICY
 from server.kinds import KNOWN
 from server.settings import SettingError, Settings
-from tests.conftest import PostgresServer
 from tests.samples import image, video
-from tests.serving import RunningServer, ServerFactory, execute, new_server
+from tests.serving import RunningServer, ServerFactory, SharedServer, execute
 
 HSTS = "strict-transport-security"
 BY_TLS = {"X-Forwarded-Proto": "https"}
 
 
 @pytest.fixture(scope="module")
-def proxied(postgres_servers: Callable[[bool], PostgresServer], tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+def proxied(shared_server: SharedServer) -> Iterator[RunningServer]:
     """A server that takes these tests for its proxy."""
-    postgres = postgres_servers(False)
-    database_url = postgres.clone()
-    server = new_server(database_url, tmp_path_factory.mktemp("headers"), None, {"COFFER_TRUSTED_PROXIES": "127.0.0.1"})
-    try:
-        server.start()
+    with shared_server(COFFER_TRUSTED_PROXIES="127.0.0.1") as server:
         yield server
-    finally:
-        server.kill()
-        postgres.drop(database_url)
 
 
 def every_way_out(

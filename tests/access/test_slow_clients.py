@@ -7,7 +7,7 @@ import random
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -16,9 +16,8 @@ import pytest
 from server.api.pace import Message, Pace, PacedBody
 from server.errors import TooSlow
 from server.settings import Settings
-from tests.conftest import PostgresServer
 from tests.samples import image
-from tests.serving import RunningServer, new_server
+from tests.serving import RunningServer, SharedServer
 from tests.waiting import until
 
 MIB = 2**20
@@ -136,23 +135,15 @@ async def test_after_the_bodys_end_one_may_wait_for_ever() -> None:
 
 
 @pytest.fixture(scope="module")
-def server(postgres_servers: Callable[[bool], PostgresServer], tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    postgres = postgres_servers(False)
-    database_url = postgres.clone()
-    environment = {
-        "COFFER_REQUEST_HEAD_SECONDS": "1",
-        "COFFER_SLOW_UPLOAD_BYTES_PER_SECOND": "1000",
-        "COFFER_SLOW_UPLOAD_GRACE_SECONDS": "1",
-        "COFFER_SLOW_DOWNLOAD_GRACE_SECONDS": "1",
-        "COFFER_MAX_FILE_BYTES": str(64 * MIB),
-    }
-    running = new_server(database_url, tmp_path_factory.mktemp("slow"), None, environment)
-    try:
-        running.start()
-        yield running
-    finally:
-        running.kill()
-        postgres.drop(database_url)
+def server(shared_server: SharedServer) -> Iterator[RunningServer]:
+    with shared_server(
+        COFFER_REQUEST_HEAD_SECONDS="1",
+        COFFER_SLOW_UPLOAD_BYTES_PER_SECOND="1000",
+        COFFER_SLOW_UPLOAD_GRACE_SECONDS="1",
+        COFFER_SLOW_DOWNLOAD_GRACE_SECONDS="1",
+        COFFER_MAX_FILE_BYTES=str(64 * MIB),
+    ) as server:
+        yield server
 
 
 def connect(server: RunningServer, *, receive_bytes: int | None = None) -> socket.socket:

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,8 @@ import pytest
 
 from tests.access.forged_tokens import EC, ED, OFFLINE, RSA, Issuers, entry, refused_tokens
 from tests.access.issuers import Issuer, SigningKey, listener
-from tests.conftest import PostgresServer
 from tests.samples import image
-from tests.serving import DEFAULTS, RunningServer, ServerFactory, execute, new_server
+from tests.serving import DEFAULTS, RunningServer, ServerFactory, SharedServer, execute
 from tests.waiting import until
 
 NEVER = "3600"  # seconds: no second fetch within a test
@@ -44,19 +43,11 @@ class Tokens:
 
 
 @pytest.fixture(scope="module")
-def tokens(postgres_servers: Callable[[bool], PostgresServer], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tokens]:
-    postgres = postgres_servers(False)
-    database_url = postgres.clone()
-    directory = tmp_path_factory.mktemp("tokens")
-    with Issuers(directory) as issuers:
+def tokens(shared_server: SharedServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tokens]:
+    with Issuers(tmp_path_factory.mktemp("tokens")) as issuers:
         environment = issuers.environment | {"COFFER_TOKEN_KEYS_REFETCH_SECONDS": NEVER, "COFFER_LOG_LEVEL": "debug"}
-        server = new_server(database_url, directory, None, environment)
-        try:
-            server.start()
+        with shared_server(**environment) as server:
             yield Tokens(issuers, server)
-        finally:
-            server.kill()
-            postgres.drop(database_url)
 
 
 def code(answer: httpx.Response) -> tuple[int, str]:

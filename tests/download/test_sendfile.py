@@ -7,7 +7,7 @@ import ssl
 import struct
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from datetime import UTC, datetime, timedelta
@@ -27,9 +27,8 @@ from server.api.pace import PatientProtocol
 from server.api.sendfile import EXTENSION, TURN_BYTES
 from server.settings import Settings
 from server.vault import volume
-from tests.conftest import PostgresServer
 from tests.samples import image
-from tests.serving import DEFAULTS, RunningServer, new_server
+from tests.serving import DEFAULTS, RunningServer, SharedServer
 from tests.waiting import until
 
 with warnings.catch_warnings():  # Litestar 2 warns of what 3 will want, as its application is defined
@@ -67,20 +66,10 @@ def made(server: RunningServer) -> Shared:
 
 
 @pytest.fixture(scope="module", params=["true", "false"], ids=["sendfile", "reading"])
-def shared(
-    request: pytest.FixtureRequest, postgres_servers: Callable[[bool], PostgresServer], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Shared]:
+def shared(request: pytest.FixtureRequest, shared_server: SharedServer) -> Iterator[Shared]:
     """The same with and without."""
-    postgres = postgres_servers(False)
-    database_url = postgres.clone()
-    environment = {"COFFER_SENDFILE": request.param, "COFFER_MAX_FILE_BYTES": str(64 * MIB)}
-    running = new_server(database_url, tmp_path_factory.mktemp("sendfile"), None, environment)
-    try:
-        running.start()
-        yield made(running)
-    finally:
-        running.kill()
-        postgres.drop(database_url)
+    with shared_server(COFFER_SENDFILE=request.param, COFFER_MAX_FILE_BYTES=str(64 * MIB)) as server:
+        yield made(server)
 
 
 def connect(server: RunningServer) -> socket.socket:

@@ -8,6 +8,7 @@ import pytest
 
 from tests.conftest import PostgresServer
 from tests.edge.nginx import Edge, Nginx
+from tests.launching import Forked
 from tests.serving import new_server
 
 StartEdge = Callable[..., Edge]
@@ -15,21 +16,21 @@ StartEdge = Callable[..., Edge]
 
 @contextmanager
 def running_edge(postgres: PostgresServer, directory: Path, environment: dict[str, str]) -> Iterator[Edge]:
-    database_url = postgres.clone()
     state = directory / "edge-state"
     environment = {"COFFER_EDGE_STATE_FILE": str(state), "COFFER_TRUSTED_PROXIES": "127.0.0.1", **environment}
-    server = new_server(database_url, directory, None, environment)
-    nginx = Nginx(directory / "nginx")
-    try:
-        server.start()
-        edge = Edge(server, nginx, state, environment)
-        edge.install()
-        nginx.start()
-        yield edge
-    finally:
-        nginx.stop()
-        server.kill()
-        postgres.drop(database_url)
+    with postgres.database() as database_url:
+        server = new_server(database_url, directory, None, environment)
+        server.launch = Forked
+        nginx = Nginx(directory / "nginx")
+        try:
+            server.start()
+            edge = Edge(server, nginx, state, environment)
+            edge.install()
+            nginx.start()
+            yield edge
+        finally:
+            nginx.stop()
+            server.kill()
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,11 @@ from tests.edge.conftest import StartEdge
 from tests.edge.nginx import Edge
 from tests.edge.test_links import both
 from tests.linking import BODY, link, stored
-from tests.previews.conftest import RunningWorker
 from tests.previews.pictures import photo
 from tests.samples import image
 from tests.serving import execute
 from tests.waiting import until
+from tests.working import BackgroundWorker
 
 AT_MOST_SECONDS = 1.0
 
@@ -124,7 +124,7 @@ def test_bytes_that_were_set_aside_are_told_as_damaged(start_edge: StartEdge, ta
 
 def test_a_variant_that_nginx_sends_counts_as_used(edge: Edge) -> None:
     """Else those that are looked at most would be the first to give way. Once an hour the server is asked, and notes it."""
-    worker = RunningWorker(edge.server, edge.nginx.directory / "variants.log", ["server.cli", "worker"], {})
+    worker = BackgroundWorker(edge.server, edge.nginx.directory / "variants.log", {})
     try:
         with edge.client("viewed") as app, edge.browser() as browser:
             file_id = stored(app, photo().jpegsave_buffer())
@@ -148,7 +148,7 @@ def test_a_variant_that_nginx_sends_counts_as_used(edge: Edge) -> None:
 
 
 def test_previews_end_with_their_original(edge: Edge) -> None:
-    worker = RunningWorker(edge.server, edge.nginx.directory / "worker.log", ["server.cli", "worker"], {})
+    worker = BackgroundWorker(edge.server, edge.nginx.directory / "worker.log", {})
     try:
         with edge.client("ada") as ada, edge.browser() as browser:
             file_id = stored(ada, photo().jpegsave_buffer())

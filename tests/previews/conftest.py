@@ -1,92 +1,42 @@
 """A worker in a process of its own, beside the server of tests/serving.py: the real one, or one whose decoder is a stub."""
 
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from server.previews import decoders
-from tests.serving import DEFAULTS, RunningServer
+from tests.previews import impatient_worker, stub_worker
+from tests.serving import RunningServer
+from tests.working import BackgroundWorker
 
-
-class RunningWorker:
-    """A worker on the database of a server; `module` is what Python runs."""
-
-    def __init__(self, server: RunningServer, log: Path, module: Sequence[str], settings: dict[str, str]) -> None:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("COFFER_", "DATABASE_URL", "PG"))}
-        environment |= DEFAULTS | {"COFFER_DATABASE_URL": server.database_url} | settings
-        command = ["setpriv", "--pdeathsig", "KILL", sys.executable, "-m", *module]
-        self.log = log
-        with log.open("ab") as output:
-            self._process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-            )
-
-    def ask_to_stop(self) -> None:
-        """SIGTERM."""
-        self._process.terminate()
-
-    def stop(self) -> None:
-        """SIGTERM; it must end by itself, and well."""
-        self.ask_to_stop()
-        assert self._process.wait(20) == 0, self.log.read_text()[-5000:]
-
-    def pause(self) -> None:
-        """SIGSTOP: it hangs, heartbeat and all."""
-        self._process.send_signal(signal.SIGSTOP)
-
-    def go_on(self) -> None:
-        """SIGCONT, after `pause`."""
-        self._process.send_signal(signal.SIGCONT)
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    @property
-    def is_dead(self) -> bool:
-        """Ended by SIGKILL, whoever sent it."""
-        return self._process.poll() == -signal.SIGKILL
-
-    def kill(self) -> None:
-        """SIGKILL, to it and its children."""
-        if self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-
-
-WorkerFactory = Callable[..., RunningWorker]
-RealWorkerFactory = Callable[..., RunningWorker]
+WorkerFactory = Callable[..., BackgroundWorker]
+RealWorkerFactory = Callable[..., BackgroundWorker]
 
 
 @pytest.fixture
 def start_worker(server: RunningServer, tmp_path: Path) -> Iterator[WorkerFactory]:
     """Starts the worker of stub_worker.py, which takes `seconds_each`."""
     with _workers(server, tmp_path) as start:
-        yield lambda seconds_each=0.0, **settings: start(["tests.previews.stub_worker", str(seconds_each)], settings)
+        yield lambda seconds_each=0.0, **settings: start(settings, stub_worker.main, [str(seconds_each)])
 
 
 @pytest.fixture
 def start_real_worker(server: RunningServer, tmp_path: Path) -> Iterator[RealWorkerFactory]:
     """Starts `coffer worker`, as `make run` does; with `impatient`, the one of impatient_worker.py."""
     with _workers(server, tmp_path) as start:
-        modules = {False: ["server.cli", "worker"], True: ["tests.previews.impatient_worker"]}
-        yield lambda impatient=False, **settings: start(modules[impatient], settings)
+        yield lambda impatient=False, **settings: start(settings, impatient_worker.main) if impatient else start(settings)
 
 
 @contextmanager
-def _workers(server: RunningServer, directory: Path) -> Iterator[Callable[[Sequence[str], dict[str, str]], RunningWorker]]:
-    started: list[RunningWorker] = []
+def _workers(server: RunningServer, directory: Path) -> Iterator[WorkerFactory]:
+    started: list[BackgroundWorker] = []
 
-    def start(module: Sequence[str], settings: dict[str, str]) -> RunningWorker:
-        worker = RunningWorker(server, directory / f"worker-{len(started)}.log", module, settings)
-        started.append(worker)
-        return worker
+    def start(settings: dict[str, str], *program: Any) -> BackgroundWorker:
+        started.append(BackgroundWorker(server, directory / f"worker-{len(started)}.log", settings, *program))
+        return started[-1]
 
     try:
         yield start

@@ -1,6 +1,7 @@
-"""The real worker, but for the wall-clock time that it grants an image: tests have less. `python -m tests.previews.impatient_worker`."""
+"""The real worker, but for the wall-clock time that it grants an image: tests have less."""
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 
 from server import logs
@@ -17,7 +18,7 @@ async def make(source: Path, mime_type: str, output: Path, wishes: Wishes) -> Ma
     return await decoders.shared().make(source, mime_type, output, wishes, wall_seconds=WALL_SECONDS)
 
 
-if __name__ == "__main__":
+def main(_: Sequence[str]) -> None:
     settings = Settings.load()
     logs.configure(settings.log_level)
     asyncio.run(work(settings, make, making.make_variant, heartbeat_seconds=HEARTBEAT_SECONDS))

@@ -1,10 +1,11 @@
-"""A worker whose decoder is a stub: it copies the file's first bytes. `python -m tests.previews.stub_worker [seconds each takes]`."""
+"""A worker whose decoder is a stub: it copies the file's first bytes."""
 
 import asyncio
 import logging
 import os
 import signal
-import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from server import logs
@@ -17,7 +18,7 @@ HEARTBEAT_SECONDS = 2.0
 """So that a killed worker's jobs are taken over within the tests' patience."""
 
 
-async def make(source: Path, mime_type: str, output: Path, wishes: Wishes) -> Made:
+async def make(seconds_each: float, source: Path, mime_type: str, output: Path, wishes: Wishes) -> Made:
     """A preview of the file's own first bytes. What a file holds decides what goes wrong with it."""
     head = source.read_bytes()[:1000]
     if b"deadly" in head:
@@ -28,8 +29,7 @@ async def make(source: Path, mime_type: str, output: Path, wishes: Wishes) -> Ma
         raise Unmakeable("unsupported")
     if b"broken" in head:
         raise RuntimeError("the stub was told to fail")
-    if len(sys.argv) > 1:
-        await asyncio.sleep(float(sys.argv[1]))
+    await asyncio.sleep(seconds_each)
     for width in wishes.image_widths[:2]:
         (output / f"{width}.webp").write_bytes(head)
     return Made(
@@ -45,15 +45,14 @@ async def make(source: Path, mime_type: str, output: Path, wishes: Wishes) -> Ma
     )
 
 
-async def make_variant(source: Path, mime_type: str, output: Path, variant: Variant) -> MadeFile:
+async def make_variant(seconds_each: float, source: Path, mime_type: str, output: Path, variant: Variant) -> MadeFile:
     """A picture that says what was asked for. Its log says how often."""
     head = source.read_bytes()[:1000]
     if b"no survivors" in head:
         os.kill(os.getpid(), signal.SIGKILL)
     if b"no picture" in head:
         raise Unmakeable("damaged")
-    if len(sys.argv) > 1:
-        await asyncio.sleep(float(sys.argv[1]))
+    await asyncio.sleep(seconds_each)
     logging.getLogger("stub").info("made %s", variant.name)
     (output / variant.name).write_bytes(f"{mime_type} {variant.name} ".encode() + head[-100:])
     return MadeFile(
@@ -61,7 +60,9 @@ async def make_variant(source: Path, mime_type: str, output: Path, variant: Vari
     )
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str]) -> None:
+    """Its one argument: how many seconds each making takes."""
     settings = Settings.load()
     logs.configure(settings.log_level)
-    asyncio.run(work(settings, make, make_variant, heartbeat_seconds=HEARTBEAT_SECONDS))
+    slowly = float(arguments[0])
+    asyncio.run(work(settings, partial(make, slowly), partial(make_variant, slowly), heartbeat_seconds=HEARTBEAT_SECONDS))

@@ -12,13 +12,14 @@ from pathlib import Path
 from uuid import UUID
 
 from server.previews import images
-from tests.previews.conftest import RealWorkerFactory, RunningWorker
+from tests.previews.conftest import RealWorkerFactory
 from tests.previews.pictures import photo
 from tests.previews.test_gallery import upload
 from tests.previews.test_queue import coffer, states
 from tests.processes import command_of, has_ended
 from tests.serving import RunningServer, execute
 from tests.waiting import until
+from tests.working import BackgroundWorker
 
 DECODER_MEMORY_BYTES = images.LIMITS.memory_bytes
 
@@ -31,7 +32,7 @@ def descendants(pid: int) -> Iterator[int]:
                 yield from descendants(int(child))
 
 
-def decoding(worker: RunningWorker) -> list[int]:
+def decoding(worker: BackgroundWorker) -> list[int]:
     """The children in which a decoder has an image in hand, once they have their limits: from then on they end with their decoder."""
     decoders = [pid for pid in descendants(worker.pid) if "server.previews.images" in command_of(pid)]
     return [child for decoder in decoders for child in descendants(decoder) if memory_limit(child) == DECODER_MEMORY_BYTES]
@@ -45,7 +46,7 @@ def memory_limit(pid: int) -> int | None:
 
 
 @contextlib.contextmanager
-def hunting(worker: RunningWorker, strike: Callable[[int], object]) -> Iterator[set[int]]:
+def hunting(worker: BackgroundWorker, strike: Callable[[int], object]) -> Iterator[set[int]]:
     """Strikes every child that has an image in hand, until the end. Gives who was struck."""
     enough, struck = threading.Event(), set[int]()
 

@@ -10,10 +10,12 @@ import httpx
 import pytest
 
 from ops.embedded_postgres import EmbeddedPostgres
-from tests.previews.conftest import RunningWorker, WorkerFactory
+from tests.previews import stub_worker
+from tests.previews.conftest import WorkerFactory
 from tests.samples import image
 from tests.serving import RunningServer, ServerFactory, execute
 from tests.waiting import until
+from tests.working import BackgroundWorker
 
 SMALL = {"width": 200}
 SMALL_NAME = "240x-contain-q80.webp"
@@ -289,7 +291,7 @@ def test_previews_are_served_while_the_database_is_away(start_server: ServerFact
     """Those that have been made; and none once its original has another generation on the disk."""
     postgres = EmbeddedPostgres(tmp_path / "postgres")
     server = start_server(database_url=postgres.start())
-    worker = RunningWorker(server, tmp_path / "worker.log", ["tests.previews.stub_worker", "0"], {})
+    worker = BackgroundWorker(server, tmp_path / "worker.log", {}, stub_worker.main, ["0"])
     try:
         with server.client("ada") as ada, httpx.Client(base_url=server.url, timeout=40) as browser:
             one, two = stored(ada, 1), stored(ada, 2)

@@ -1,13 +1,12 @@
 """One server for all tests of a module, which keep apart by acting for users of their own."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import httpx
 import pytest
 
-from tests.conftest import PostgresServer
-from tests.serving import RunningServer, new_server
+from tests.serving import RunningServer, SharedServer
 
 APP = "https://app.example.com"
 MOST_UPLOADS = 5
@@ -16,22 +15,14 @@ _numbers = itertools.count()
 
 
 @pytest.fixture(scope="module")
-def tus(postgres_servers: Callable[[bool], PostgresServer], tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    postgres = postgres_servers(False)
-    database_url = postgres.clone()
-    environment = {
-        "COFFER_CORS_ORIGINS": APP,
-        "COFFER_RESERVATION_STEP_BYTES": "100000",
-        "COFFER_TUS_SYNC_BYTES": str(2**20),
-        "COFFER_TUS_UPLOADS_PER_USER": str(MOST_UPLOADS),
-    }
-    server = new_server(database_url, tmp_path_factory.mktemp("tus"), None, environment)
-    try:
-        server.start()
+def tus(shared_server: SharedServer) -> Iterator[RunningServer]:
+    with shared_server(
+        COFFER_CORS_ORIGINS=APP,
+        COFFER_RESERVATION_STEP_BYTES="100000",
+        COFFER_TUS_SYNC_BYTES=str(2**20),
+        COFFER_TUS_UPLOADS_PER_USER=str(MOST_UPLOADS),
+    ) as server:
         yield server
-    finally:
-        server.kill()
-        postgres.drop(database_url)
 
 
 @pytest.fixture

@@ -7,16 +7,16 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.conftest import PostgresServer
+from tests.launching import Forked
 from tests.samples import image
-from tests.serving import RunningServer, ServerFactory, execute, new_server
+from tests.serving import RunningServer, ServerFactory, SharedServer, execute
 from tests.tus.persistent import ENDPOINT, PIECE, VERSION, PersistentUpload
 from tests.tus.proxy import Proxy
 from tests.waiting import until
@@ -33,28 +33,22 @@ log = logging.getLogger(__name__)
 
 
 @pytest.fixture(scope="module")
-def pair(
-    postgres_servers: Callable[[bool], PostgresServer], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[RunningServer, RunningServer]]:
+def pair(shared_server: SharedServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunningServer, RunningServer]]:
     """Two servers on one database and volume. Tests keep apart by acting for users of their own."""
-    postgres = postgres_servers(False)
-    database_url = postgres.clone()
-    directory = tmp_path_factory.mktemp("pair")
-    one = new_server(database_url, directory, None, {"COFFER_SLOW_UPLOAD_GRACE_SECONDS": "3"})
-    two = beside(one, directory / "other.log")
-    try:
-        one.start()
-        two.start()
-        yield one, two
-    finally:
-        one.kill()
-        two.kill()
-        postgres.drop(database_url)
+    with shared_server(COFFER_SLOW_UPLOAD_GRACE_SECONDS="3") as one:
+        two = beside(one, tmp_path_factory.mktemp("pair") / "log")
+        try:
+            two.start()
+            yield one, two
+        finally:
+            two.kill()
 
 
 def beside(server: RunningServer, log: Path) -> RunningServer:
     """Another one on its database and volume, to be started."""
-    return RunningServer(server.database_url, server.volume, log, server.api_key, {})
+    other = RunningServer(server.database_url, server.volume, log, server.api_key, {})
+    other.launch = Forked
+    return other
 
 
 @pytest.fixture
