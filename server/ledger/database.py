@@ -36,7 +36,7 @@ COMMIT_PATIENCE_SECONDS = 30.0
 LONG_PATIENCE_SECONDS = 60.0
 """The same for what touches up to thousands of rows."""
 TRIES = 3
-"""How often a statement is tried that PostgreSQL undid because of a deadlock or a lost race."""
+"""How often a statement is tried that PostgreSQL undid because of a deadlock, a lost race or an error of its own."""
 
 SESSION = {
     "application_name": "coffer",
@@ -65,7 +65,14 @@ _LOST = ("08", "57P01", "57P02", "57P03")
 """The connection ended, so the answer to a write is lost."""
 _REFUSED = ("25006", "53", "55P03", "57014", "58")
 """Read-only, out of some resource, waited too long for a lock, cancelled, I/O error: the statement did not happen."""
-_RETRY = ("40001", "40P01")
+_RACES = ("40001", "40P01")
+_INTERNAL = "XX000"
+_INTERNAL_PAUSE_SECONDS = 0.1
+"""Before a statement is tried again that an internal error of PostgreSQL undid. One is known to pass (PostgreSQL 18): "new multixact has
+more than one updating member". Where one transaction has changed a user's row and is refused, and the next one has locked that row for its
+foreign key, the second meets it in the moment in which the first is known to have failed and not yet known to have ended. On a busy machine
+this may be some time slices: once in some ten thousand uploads that are begun, and refused, side by side.
+"""
 
 
 class _Connection(asyncpg.Connection):
@@ -155,7 +162,9 @@ class Database:
                 return await connection.fetch(sql, *args, timeout=max(0.1, deadline - clock()))
             except asyncpg.PostgresError as problem:
                 state = problem.sqlstate or ""
-                if state in _RETRY and tries < TRIES:
+                if state in (*_RACES, _INTERNAL) and tries < TRIES:
+                    if state == _INTERNAL:
+                        await asyncio.sleep(_INTERNAL_PAUSE_SECONDS)
                     continue
                 if state.startswith(_LOST):
                     await self._discard(connection)
@@ -218,7 +227,7 @@ def _meaning(problem: asyncpg.PostgresError, state: str) -> CofferError | None:
         return UserErasing()
     if state == "CF005":
         return TooManyUploads(int(problem.detail or 0))
-    if state.startswith((*_LOST, *_REFUSED)) or state in _RETRY:
+    if state.startswith((*_LOST, *_REFUSED)) or state in _RACES:
         return DatabaseUnavailable()
     if state.startswith("22"):
         return unstorable()

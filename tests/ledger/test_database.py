@@ -175,6 +175,25 @@ async def test_a_deadlock_is_tried_again(db: Database, sql: Connection) -> None:
     assert await sql.fetchval("select min(width + height) from user_files") == 2
 
 
+async def test_an_internal_error_of_postgresql_is_tried_again_and_told_when_it_stays(db: Database, sql: Connection) -> None:
+    await sql.execute("""
+        create sequence tries;
+        create function stumble(times bigint) returns bigint language plpgsql as $$
+        declare try bigint := nextval('tries');  -- which no rollback takes back
+        begin
+            if try <= times then
+                raise exception 'new multixact has more than one updating member' using errcode = 'internal_error';
+            end if;
+            return try;
+        end $$
+    """)
+    assert (await db.write("select stumble(2)"))[0]["stumble"] == 3
+    await sql.execute("alter sequence tries restart")
+    with pytest.raises(asyncpg.InternalServerError):
+        await db.write("select stumble(100)")
+    assert await sql.fetchval("select last_value from tries") == database.TRIES
+
+
 async def test_who_waits_too_long_for_a_lock_has_not_written(sql: Connection, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(database.SESSION, "lock_timeout", "50ms")
     db = Database(settings)
