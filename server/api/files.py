@@ -4,7 +4,6 @@ import asyncio
 import re
 from base64 import b64encode
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 from uuid import UUID
@@ -29,7 +28,6 @@ from server.ledger import File, FileQuery
 MOST_DELETED_AT_ONCE = 1_000
 
 _LINKS_MEANING = "With 1, signed links to each file and to its previews. Needs the scope links:write too."
-_LOOK_AGAIN_SECONDS = 2.0  # should the notice be lost
 _UUID_CHARACTERS = 36
 _SEARCHABLE = re.compile(r"[^\x00-\x2f\x3a-\x40\x5b-\x60\x7b-\x7f\u3000]")  # what name_suffixes_v1 takes for part of a word
 
@@ -242,9 +240,7 @@ async def _with_previews(services: Services, owner: str, file: File) -> File:
         while (file := await ledger.get_file(services.db, owner, file.id)).preview_state == "pending" and (left := deadline - clock()) > 0:
             if services.streams.stopping.is_set():
                 break
-            with suppress(TimeoutError):
-                await asyncio.wait_for(noticed.wait(), min(left, _LOOK_AGAIN_SECONDS))
-            noticed.clear()
+            await ledger.time_to_look(noticed, left)
     return file
 
 

@@ -15,7 +15,6 @@ from server.ledger import Database, File, LinkedPreview, Notices
 from server.previews.variants import MIME_TYPES, Variant
 from server.vault.layout import preview_path
 
-_LOOK_AGAIN_SECONDS = 2.0  # should a notice be lost
 _REQUESTS = 2  # of one variant: it may have been evicted before anybody read it, but not twice
 _ASKED_AT_ONCE = 8
 """Variants that one process asks for on behalf of one user at a time, so that a user's gallery does not keep others waiting."""
@@ -141,14 +140,14 @@ class AwaitedPreviews:
         """What a variant is made from is there once the previews that every file has are made."""
         with self._notices.of(file.id) as noticed:
             while (now := await ledger.find_file_anywhere(self._db, file.id)) is not None and now.preview_state == "pending":
-                await _wait(noticed)
+                await ledger.time_to_look(noticed)
 
     async def _until_made(self, file: File, name: str, key: str) -> None:
         with self._notices.of(key) as noticed:
             for _ in range(_REQUESTS):
                 await ledger.request_variant(self._db, file.id, name)
                 while await ledger.variant_is_requested(self._db, file.id, name):
-                    await _wait(noticed)
+                    await ledger.time_to_look(noticed)
                 if any(each.file_name == name for each in await ledger.get_previews(self._db, file.user_id, file.id)):
                     return
 
@@ -162,9 +161,3 @@ class AwaitedPreviews:
         task = asyncio.create_task(touch())
         self._touching.add(task)
         task.add_done_callback(self._touching.discard)
-
-
-async def _wait(noticed: asyncio.Event) -> None:
-    with suppress(TimeoutError):
-        await asyncio.wait_for(noticed.wait(), _LOOK_AGAIN_SECONDS)
-    noticed.clear()

@@ -46,7 +46,7 @@ from server.ledger.models import (
     User,
     VolumeRow,
 )
-from server.ledger.notices import Finished, Notices
+from server.ledger.notices import Finished, Notices, time_to_look
 from server.ledger.previews import (
     Waker,
     add_preview_figures,
@@ -242,6 +242,7 @@ __all__ = [
     "set_quota_rules",
     "set_tags",
     "set_volume_state",
+    "time_to_look",
     "touch_preview",
     "unclaim_link",
     "uncount_preview_try",

@@ -24,10 +24,20 @@ _PAUSE_SECONDS = 1.0
 LOOK_SECONDS = 15.0
 """A connection that is cut without a word is noticed within this, and `CONNECT_SECONDS` more."""
 
+LOOK_AGAIN_SECONDS = 2.0
+"""A row that somebody waits for is looked at after this, should its notice be lost."""
+
 log = logging.getLogger("coffer.ledger")
 
 _Key = TypeVar("_Key")
 _Listener = TypeVar("_Listener")
+
+
+async def time_to_look(noticed: asyncio.Event, most_seconds: float = LOOK_AGAIN_SECONDS) -> None:
+    """Returns when a row is to be looked at again: with the next notice of it, or soon without one."""
+    with suppress(TimeoutError):
+        await asyncio.wait_for(noticed.wait(), min(most_seconds, LOOK_AGAIN_SECONDS))
+    noticed.clear()
 
 
 class Finished:
