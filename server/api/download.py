@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
-from contextlib import suppress
 from typing import Any
 from urllib.parse import parse_qs, quote
 from uuid import UUID
@@ -11,10 +10,11 @@ from server.api.door import admit, check_kinds
 from server.api.proxies import BY_PROXY
 from server.api.sendfile import EXTENSION, HEAD_WAITS
 from server.api.services import Services
+from server.api.streams import disconnected
 from server.auth import Scope
 from server.delivery import Answer, Body, Delivery
 from server.delivery.headers import Disposition
-from server.errors import InvalidRequest, TooSlow
+from server.errors import InvalidRequest
 from server.settings import Settings
 
 Message = MutableMapping[str, Any]
@@ -99,13 +99,6 @@ async def _send_bytes(delivery: Delivery, body: Body, receive: Receive, send: Se
     finally:
         if gone:
             gone.cancel()
-
-
-async def disconnected(receive: Receive) -> None:
-    """Returns when the client has gone."""
-    with suppress(TooSlow):  # a body that a GET announced and never sent: nobody who means it
-        while (await receive())["type"] != "http.disconnect":
-            pass
 
 
 def joined_headers(scope: MutableMapping[str, Any]) -> dict[str, str]:

@@ -7,6 +7,7 @@ import ssl
 import subprocess
 import time
 from pathlib import Path
+from uuid import UUID
 
 import httpx
 
@@ -149,7 +150,9 @@ def test_events_come_as_they_happen(edge: Edge) -> None:
         assert events.status_code == 200
         with edge.client("listener") as other:
             file_id = stored(other)
-        assert any(file_id in line or line.startswith(":") for line in events.iter_lines())
+        ready = "with done as (update user_files set preview_state = 'ready' where id = $1 returning id, user_id) "
+        execute(edge.server.database_url, f"{ready} select pg_notify('coffer_notice', id || ' ' || user_id) from done", UUID(file_id))
+        assert any(file_id in line for line in events.iter_lines())
 
 
 def test_who_asks_too_often_is_told_so(start_edge: StartEdge) -> None:
