@@ -26,6 +26,7 @@ from server.ledger import AuditQuery, Database, MigrationError, migrate
 from server.settings import SettingError, Settings
 
 Run = Callable[[argparse.Namespace], Any]
+More = Callable[[Any], None]
 DatabaseRun = Callable[[Database, Settings, argparse.Namespace], Awaitable[None]]
 
 _EPILOG = "exit codes:\n" + "\n".join(f"  {code.value:<4} {meaning}" for code, meaning in MEANING.items())
@@ -39,9 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.exit(run(arguments))
 
 
-def run(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code. Only argparse exits by itself, with 2 for a wrong command line."""
-    parsed = _parser().parse_args(arguments)
+def run(arguments: Sequence[str] | None = None, more: More | None = None) -> int:
+    """Runs one command and returns its exit code. Only argparse exits by itself, with 2 for a wrong command line.
+
+    `more` declares commands that the server does not know (`ops/cli.py`), each with the default `run` to call.
+    """
+    parsed = _parser(more).parse_args(arguments)
     try:
         parsed.run(parsed)
         sys.stdout.flush()
@@ -66,7 +70,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     return Exit.OK
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(more: More | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="coffer",
         description="A self-hosted media storage server.",
@@ -82,6 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_previews(commands)
     _add_edge(commands)
     _add_files(commands)
+    if more is not None:
+        more(commands)
     return parser
 
 
@@ -136,7 +142,7 @@ def _add_keys(commands: Any) -> None:
     create.add_argument("name", help="what the key is for, e.g. the app that uses it")
     choices = [scope.value for scope in Scope]
     create.add_argument("--scope", action="append", choices=choices, help="may be repeated; files:read and files:write when left out")
-    create.add_argument("--user", action="append", type=_user_id, help="may be repeated; only for these users")
+    create.add_argument("--user", action="append", type=user_id_of, help="may be repeated; only for these users")
     create.add_argument("--kind", action="append", choices=KINDS, help="may be repeated; only for files of these types")
     create.add_argument(
         "--network", action="append", type=_network, help="may be repeated; only from there, e.g. 10.0.0.0/8 or 2001:db8::/32"
@@ -185,13 +191,13 @@ async def _key_revoke(db: Database, settings: Settings, arguments: argparse.Name
 def _add_users(commands: Any) -> None:
     group = _group(commands, "user", "users, their quota and their end")
     show_one = _json(_database_command(group, "show", _user_show, "one user"))
-    show_one.add_argument("user_id", type=_user_id)
+    show_one.add_argument("user_id", type=user_id_of)
     _json(_database_command(group, "list", _user_list, "all users"))
     quota = _json(_database_command(group, "set-quota", _user_set_quota, "set how much a user may store"))
-    quota.add_argument("user_id", type=_user_id)
-    quota.add_argument("quota", type=_quota, help="bytes, 10GiB (KiB, MiB, GiB, TiB) or unlimited")
+    quota.add_argument("user_id", type=user_id_of)
+    quota.add_argument("quota", type=quantity, help="bytes, 10GiB (KiB, MiB, GiB, TiB) or unlimited")
     delete = _for_real(_database_command(group, "delete", _user_delete, "erase every byte and row of a user"))
-    delete.add_argument("user_id", type=_user_id)
+    delete.add_argument("user_id", type=user_id_of)
 
 
 async def _user_show(db: Database, _: Settings, arguments: argparse.Namespace) -> None:
@@ -239,7 +245,7 @@ async def _volume_reopen(db: Database, _: Settings, arguments: argparse.Namespac
 
 def _add_trail(commands: Any) -> None:
     read = _json(_database_command(commands, "trail", _trail, "who did what to which file, and when; newest first"))
-    read.add_argument("--user", type=_user_id, help="only what was done to this user and the user's files")
+    read.add_argument("--user", type=user_id_of, help="only what was done to this user and the user's files")
     read.add_argument("--file", type=UUID, help="only what was done to this file")
     read.add_argument("--actor", help="only what was done by this key, token's subject, upload link or account")
     read.add_argument("--action", help="only this action, such as file.deleted")
@@ -271,7 +277,7 @@ def _add_previews(commands: Any) -> None:
     which.add_argument("file_id", type=UUID, nargs="*", default=[])
     which.add_argument("--all", action="store_true", help="all that failed")
     rebuild = _for_real(_database_command(group, "rebuild", _previews_rebuild, "make all previews anew"))
-    rebuild.add_argument("--user", type=_user_id, help="only those of this user")
+    rebuild.add_argument("--user", type=user_id_of, help="only those of this user")
 
 
 async def _previews_list_failed(db: Database, _: Settings, arguments: argparse.Namespace) -> None:
@@ -399,7 +405,7 @@ def _url(text: str) -> str:
     return text
 
 
-def _account() -> str:
+def account() -> str:
     """The account of this machine that typed the command. Asked of the kernel: the environment says what it is told to say."""
     try:
         return pwd.getpwuid(os.getuid()).pw_name
@@ -424,7 +430,7 @@ def _database_command(commands: Any, name: str, run: DatabaseRun, meaning: str) 
     """A command that needs COFFER_DATABASE_URL, and talks to PostgreSQL without a server."""
 
     async def with_database(settings: Settings, arguments: argparse.Namespace) -> None:
-        act_as(Actor(kind="cli", id=_account()))
+        act_as(Actor(kind="cli", id=account()))
         db = Database(settings)
         await db.open()
         try:
@@ -452,7 +458,7 @@ def _for_real(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def _user_id(text: str) -> str:
+def user_id_of(text: str) -> str:
     try:
         return fields.clean_user_id(text)
     except InvalidRequest as problem:
@@ -479,7 +485,8 @@ def _utc(text: str | None) -> datetime | None:
     return moment if moment is None or moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
-def _quota(text: str) -> int | None:
+def quantity(text: str) -> int | None:
+    """Bytes, such as 500MiB; None: unlimited."""
     if text == "unlimited":
         return None
     number = text.rstrip("BGIKMTbikmgt")

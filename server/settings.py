@@ -106,6 +106,9 @@ class Settings:
     leftover_age_seconds: int = setting(
         86_400, "Age at which a file in incoming/ that no upload claims is removed.", read=values.whole, at_least=60
     )
+    metrics_directory: str = setting(
+        "", "Directory of Prometheus' textfile collector, for the metrics of the tools, such as `coffer audit`. Empty: they leave none."
+    )
     api_key_cache_seconds: int = setting(
         3,
         "How long a server process trusts an API key it has just checked: the longest a revoked key still works.",

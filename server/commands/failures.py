@@ -15,6 +15,8 @@ class Exit(IntEnum):
     NOT_FOUND = 3
     REFUSED = 4
     UNAVAILABLE = 5
+    FOUND = 6
+    BUSY = 7
     INTERRUPTED = 130
 
 
@@ -25,6 +27,8 @@ MEANING: dict[Exit, str] = {
     Exit.NOT_FOUND: "there is no such file, user, key or volume",
     Exit.REFUSED: "refused: quota, conflict, missing rights, a type that is not stored",
     Exit.UNAVAILABLE: "the server, the database or the volume is not available; try again later",
+    Exit.FOUND: "done, and found something that somebody must look at",
+    Exit.BUSY: "the same tool is at work already, here or on another machine; nothing was done",
     Exit.INTERRUPTED: "interrupted with Ctrl-C",
 }
 
