@@ -115,6 +115,52 @@ begin
 end
 $$;
 
+CREATE FUNCTION public.correct_counters_v1() RETURNS trigger
+    LANGUAGE plpgsql
+    SET search_path TO 'public', 'pg_temp'
+    AS $$
+-- Invariant: as charge_usage_v1: afterwards the user's counters are the sums, and the last total of the history is total_bytes.
+-- Fires: before each INSERT into counter_corrections, which the audit makes for a user whose counters are not the sums.
+-- Locks: the user's row, FOR NO KEY UPDATE, first, as all who count do. Whoever has inserted a file and not yet counted it waits for that lock,
+--   and its file is not in our sum; whoever has counted has committed before us, and its file is: each statement here sees what was
+--   committed when it began.
+-- Cost: reads every row of the user; seconds for a million files, in which the user's uploads wait to commit.
+-- Why not Python: the counters may be changed by triggers alone (refuse_counter_change_v1).
+declare
+    owner user_storage;
+    history bigint;
+begin
+    select * into owner from user_storage where user_id = new.user_id for no key update;
+    if not found then
+        return null;
+    end if;
+    -- In three steps, so that refuse_beyond_previews_v1 does not take a correction for an upload.
+    update user_storage set preview_bytes = 0 where user_id = new.user_id;
+    update user_storage u
+       set total_bytes = f.bytes, file_count = f.files, reserved_bytes = r.bytes, updated_at = clock_timestamp()
+      from (select coalesce(sum(file_size), 0)::bigint as bytes, count(*) as files from user_files where user_id = new.user_id) f,
+           (select coalesce(sum(reserved_bytes), 0)::bigint as bytes from uploads where user_id = new.user_id) r
+     where u.user_id = new.user_id;
+    update user_storage u
+       set preview_bytes = p.bytes
+      from (select coalesce(sum(v.size_bytes), 0)::bigint as bytes
+              from user_files o join previews v on v.file_id = o.id where o.user_id = new.user_id) p
+     where u.user_id = new.user_id
+    returning jsonb_build_object('total_bytes', u.total_bytes, 'file_count', u.file_count, 'reserved_bytes', u.reserved_bytes,
+                                 'preview_bytes', u.preview_bytes) into new.became;
+    new.was := jsonb_build_object('total_bytes', owner.total_bytes, 'file_count', owner.file_count, 'reserved_bytes', owner.reserved_bytes,
+                                  'preview_bytes', owner.preview_bytes);
+    delete from user_storage_by_type where user_id = new.user_id;
+    insert into user_storage_by_type (user_id, file_type, mime_type, file_count, total_bytes)
+    select user_id, file_type, mime_type, count(*), sum(file_size) from user_files where user_id = new.user_id group by 1, 2, 3;
+    select l.total_bytes into history from usage_ledger l where l.user_id = new.user_id order by l.id desc limit 1;
+    insert into usage_ledger (user_id, changed_at, delta_bytes, total_bytes)
+    select new.user_id, clock_timestamp(), (new.became ->> 'total_bytes')::bigint - coalesce(history, 0), (new.became ->> 'total_bytes')::bigint
+     where (new.became ->> 'total_bytes')::bigint <> coalesce(history, 0);
+    return new;
+end
+$$;
+
 CREATE FUNCTION public.create_resumable_upload_v1(p_id uuid, p_user_id text, p_volume_id uuid, p_length_bytes bigint, p_reserved_bytes bigint, p_upload_metadata text, p_details jsonb, p_kinds text[], p_is_partial boolean, p_lifetime_seconds double precision, p_most integer) RETURNS timestamp with time zone
     LANGUAGE plpgsql
     SET search_path TO 'public', 'pg_temp'
@@ -781,6 +827,31 @@ ALTER TABLE public.audit_log ALTER COLUMN id ADD GENERATED ALWAYS AS IDENTITY (
     CACHE 1
 );
 
+CREATE TABLE public.audit_suspects (
+    volume_id uuid NOT NULL,
+    file_path text NOT NULL,
+    size_bytes bigint NOT NULL,
+    first_seen_at timestamp with time zone NOT NULL,
+    last_seen_at timestamp with time zone NOT NULL
+);
+
+CREATE TABLE public.counter_corrections (
+    id bigint NOT NULL,
+    user_id character varying(255) NOT NULL,
+    corrected_at timestamp with time zone DEFAULT now() NOT NULL,
+    was jsonb,
+    became jsonb
+);
+
+ALTER TABLE public.counter_corrections ALTER COLUMN id ADD GENERATED ALWAYS AS IDENTITY (
+    SEQUENCE NAME public.counter_corrections_id_seq
+    START WITH 1
+    INCREMENT BY 1
+    NO MINVALUE
+    NO MAXVALUE
+    CACHE 1
+);
+
 CREATE TABLE public.events (
     id bigint NOT NULL,
     user_id character varying(255) NOT NULL,
@@ -1040,6 +1111,7 @@ CREATE TABLE public.user_files (
     frame_rate double precision,
     video_codec text,
     audio_codec text,
+    damaged_at timestamp with time zone,
     CONSTRAINT user_files_average_color_hexadecimal CHECK ((average_color ~ '^#[0-9a-f]{6}$'::text)),
     CONSTRAINT user_files_duration_seconds_not_negative CHECK ((duration_seconds >= (0)::double precision)),
     CONSTRAINT user_files_file_name_not_empty CHECK (((file_name)::text <> ''::text)),
@@ -1095,6 +1167,13 @@ CREATE TABLE public.user_storage_by_type (
 )
 WITH (fillfactor='70');
 
+CREATE TABLE public.volume_scrubs (
+    volume_id uuid NOT NULL,
+    after_id uuid,
+    round_started_at timestamp with time zone DEFAULT now() NOT NULL,
+    last_round_ended_at timestamp with time zone
+);
+
 CREATE TABLE public.volumes (
     id uuid NOT NULL,
     mount_path text NOT NULL,
@@ -1115,6 +1194,12 @@ ALTER TABLE ONLY public.api_keys
 
 ALTER TABLE ONLY public.audit_log
     ADD CONSTRAINT audit_log_pkey PRIMARY KEY (at, id);
+
+ALTER TABLE ONLY public.audit_suspects
+    ADD CONSTRAINT audit_suspects_pkey PRIMARY KEY (volume_id, file_path);
+
+ALTER TABLE ONLY public.counter_corrections
+    ADD CONSTRAINT counter_corrections_pkey PRIMARY KEY (id);
 
 ALTER TABLE ONLY public.events
     ADD CONSTRAINT events_pkey PRIMARY KEY (id);
@@ -1170,6 +1255,9 @@ ALTER TABLE ONLY public.user_storage_by_type
 ALTER TABLE ONLY public.user_storage
     ADD CONSTRAINT user_storage_pkey PRIMARY KEY (user_id);
 
+ALTER TABLE ONLY public.volume_scrubs
+    ADD CONSTRAINT volume_scrubs_pkey PRIMARY KEY (volume_id);
+
 ALTER TABLE ONLY public.volumes
     ADD CONSTRAINT volumes_pkey PRIMARY KEY (id);
 
@@ -1178,6 +1266,8 @@ CREATE INDEX audit_log_by_actor ON public.audit_log USING btree (actor_id, at, i
 CREATE INDEX audit_log_by_file ON public.audit_log USING btree (file_id, at, id) WHERE (file_id IS NOT NULL);
 
 CREATE INDEX audit_log_by_user ON public.audit_log USING btree (user_id, at, id);
+
+CREATE INDEX counter_corrections_by_user ON public.counter_corrections USING btree (user_id);
 
 CREATE INDEX events_by_user ON public.events USING btree (user_id, id);
 
@@ -1235,6 +1325,8 @@ CREATE INDEX user_file_tags_size ON public.user_file_tags USING btree (user_id, 
 
 CREATE INDEX user_files_created ON public.user_files USING btree (user_id, upload_date, id);
 
+CREATE INDEX user_files_damaged ON public.user_files USING btree (id) WHERE (damaged_at IS NOT NULL);
+
 CREATE INDEX user_files_favorite_created ON public.user_files USING btree ((
 CASE
     WHEN is_favorite THEN user_id
@@ -1280,6 +1372,8 @@ CREATE INDEX user_files_type_size ON public.user_files USING btree ((((((file_ty
 CREATE INDEX user_storage_erasing ON public.user_storage USING btree (user_id) WHERE (erasing_at IS NOT NULL);
 
 CREATE INDEX user_storage_link_epoch ON public.user_storage USING btree (user_id) WHERE (link_epoch > 0);
+
+CREATE TRIGGER correct_counters BEFORE INSERT ON public.counter_corrections FOR EACH ROW EXECUTE FUNCTION public.correct_counters_v1();
 
 CREATE TRIGGER count_deleted AFTER DELETE ON public.previews REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.previews_deleted_v1();
 
@@ -1336,6 +1430,9 @@ CREATE TRIGGER search_deleted AFTER DELETE ON public.user_files REFERENCING OLD 
 CREATE TRIGGER search_inserted AFTER INSERT ON public.user_files REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.user_files_index_inserted_v1();
 
 CREATE TRIGGER search_updated AFTER UPDATE ON public.user_files REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.user_files_index_updated_v1();
+
+ALTER TABLE ONLY public.counter_corrections
+    ADD CONSTRAINT counter_corrections_user FOREIGN KEY (user_id) REFERENCES public.user_storage(user_id) ON DELETE CASCADE;
 
 ALTER TABLE ONLY public.resumable_uploads
     ADD CONSTRAINT resumable_uploads_user_fkey FOREIGN KEY (user_id) REFERENCES public.user_storage(user_id) ON DELETE CASCADE;

@@ -114,6 +114,7 @@ def published(new: NewFile, date: datetime) -> File:
         content_changed_at=date,
         created_at=date,
         updated_at=date,
+        damaged_at=None,
     )
 
 

@@ -15,7 +15,8 @@ class File(msgspec.Struct, frozen=True, kw_only=True):
     """One row of `user_files`. `file_path` is relative to its volume's mount.
 
     What previews are made of fills what is None till then; `preview_state` None: no preview is made of such a file.
-    `preview_tries` is how often making one of these bytes has begun.
+    `preview_tries` is how often making one of these bytes has begun. `damaged_at`: since when the stored bytes are known to be
+    wrong.
     """
 
     id: UUID
@@ -51,6 +52,7 @@ class File(msgspec.Struct, frozen=True, kw_only=True):
     content_changed_at: datetime
     created_at: datetime
     updated_at: datetime
+    damaged_at: datetime | None
 
 
 class NewFile(msgspec.Struct, frozen=True, kw_only=True):
@@ -315,3 +317,65 @@ class ResumableUpload(msgspec.Struct, frozen=True, kw_only=True):
     fence: int
     boot_id: str | None
     expires_at: datetime
+
+
+class StoredFile(msgspec.Struct, frozen=True, kw_only=True):
+    """What a row says of a file's bytes."""
+
+    id: UUID
+    user_id: str
+    volume_id: UUID
+    file_path: str
+    file_size: int
+    sha256: bytes
+    damaged_at: datetime | None
+
+
+class StoredPreview(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a preview's bytes should lie: by the row of its file, whose last three are None when that is gone."""
+
+    file_id: UUID
+    variant: str
+    file_name: str
+    size_bytes: int
+    user_id: str | None
+    volume_id: UUID | None
+    file_path: str | None
+
+
+class Suspect(msgspec.Struct, frozen=True, kw_only=True):
+    """A stored file without a row. `seen_before`: by an earlier audit, too."""
+
+    file_path: str
+    size_bytes: int
+    seen_before: bool
+
+
+class Counters(msgspec.Struct, frozen=True, kw_only=True):
+    """What is counted of a user, by the row of `user_storage`, and as its files, uploads and previews sum up, all as of one moment."""
+
+    user_id: str
+    total_bytes: int
+    file_count: int
+    reserved_bytes: int
+    preview_bytes: int
+    total_sum: int
+    file_sum: int
+    reserved_sum: int
+    preview_sum: int
+    last_of_history: int
+    typed_bytes: int
+    types_agree: bool
+
+    @property
+    def wrong(self) -> list[str]:
+        """The counters that are not the sums."""
+        agree = {
+            "total_bytes": self.total_bytes == self.total_sum,
+            "file_count": self.file_count == self.file_sum,
+            "reserved_bytes": self.reserved_bytes == self.reserved_sum,
+            "preview_bytes": self.preview_bytes == self.preview_sum,
+            "history": self.total_bytes == self.last_of_history,
+            "by_type": self.types_agree and self.typed_bytes == self.total_sum,
+        }
+        return [name for name, does in agree.items() if not does]

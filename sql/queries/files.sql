@@ -68,7 +68,7 @@ with released as (
        set mime_type = $5, file_size = $6, sha256 = $7, volume_id = $8, file_path = $9, generation = $10,
            thumbnail_path = null, resolution = null, width = null, height = null, duration = null, duration_seconds = null,
            preview_state = case when f.preview_state is not null then 'pending' end, preview_reason = null, preview_tries = 0, thumbhash = null,
-           average_color = null, frame_rate = null, video_codec = null, audio_codec = null,
+           average_color = null, frame_rate = null, video_codec = null, audio_codec = null, damaged_at = null,
            content_changed_at = clock_timestamp(), updated_at = clock_timestamp()
       from (select count(*) from released) first (released)
      where first.released >= 0 and f.user_id = $1 and f.id = $2 and f.generation = $3

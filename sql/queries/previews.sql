@@ -180,7 +180,7 @@ select file_type, state, upto_seconds, files, seconds from preview_figures order
 
 -- name: failed_previews
 -- A page of the files whose preview failed, after an id.
-select {file} from user_files where preview_state = 'failed' and ($1::uuid is null or id > $1) order by id limit $2;
+select {file} from user_files where preview_state = 'failed' and id > coalesce($1::uuid, '00000000-0000-0000-0000-000000000000') order by id limit $2;
 
 -- name: retry_failed_previews
 -- Lets failed previews wait again: those of some files ($1), or of all when that is null; $2 at once. Tells how many.
@@ -198,10 +198,10 @@ select count(*) from again;
 -- how many of it were changed.
 with page as materialized (
     select id, file_type, preview_state from user_files
-     where ($1::uuid is null or id > $1) and ($2::text is null or user_id = $2) order by id limit $3
+     where id > coalesce($1::uuid, '00000000-0000-0000-0000-000000000000') and ($2::text is null or user_id = $2) order by id limit $3
 ), again as (
     update user_files f set preview_state = 'pending', preview_reason = null, preview_tries = 0
-      from page p where f.id = p.id and p.file_type = any ($4) and p.preview_state is distinct from 'pending'
+      from page p where f.id = p.id and f.id > coalesce($1::uuid, '00000000-0000-0000-0000-000000000000') and p.file_type = any ($4) and p.preview_state is distinct from 'pending'
     returning f.id
 )
 select (select id from page order by id desc limit 1) as last, (select count(*) from again) as changed;

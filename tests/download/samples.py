@@ -51,5 +51,6 @@ def a_file(data: bytes, **changes: Any) -> File:
         content_changed_at=_MOMENT,
         created_at=_MOMENT,
         updated_at=_MOMENT,
+        damaged_at=None,
     )
     return msgspec.structs.replace(file, **changes)
