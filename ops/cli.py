@@ -1,9 +1,11 @@
 """The whole `coffer` command: what the server has, and the tools of this room, which the server does not know."""
 
+import argparse
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from ops import audit, tool
 from server import cli
 
 
@@ -18,7 +20,25 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _add_tools(commands: Any) -> None:
-    del commands  # there are none yet
+    check = tool.add(commands, "audit", audit.run, "compare rows, files and counters, in both directions")
+    check.add_argument("--repair", action="store_true", help="repair what is safe; without this, it is only told what would be done")
+    check.add_argument(
+        "--older-than",
+        type=_hours,
+        default=audit.GARBAGE_AGE_SECONDS,
+        metavar="HOURS",
+        help="how old a file without a row must be, and then seen by two audits, to be set aside; 24 when left out",
+    )
+
+
+def _hours(text: str) -> float:
+    try:
+        hours = float(text)
+    except ValueError:
+        hours = -1
+    if not 0 <= hours <= 10_000:
+        raise argparse.ArgumentTypeError("say a number of hours, such as 24")
+    return hours * 3600
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from server.errors import (
     TooManyUploads,
     UserUnknown,
 )
+from server.intake.burial import bury
 from server.intake.scanner import Scanner
 from server.intake.upload import MOST_GENERATIONS_TRIED, Details, Upload
 from server.kinds import Allowed
@@ -394,14 +395,8 @@ class Intake:
         return {file_id for file_id, _ in deleted}
 
     async def bury(self, tombstones: list[Tombstone]) -> None:
-        """Unlinks the bytes of deleted rows, then drops the tombstones. What it raises on leaves them for the next housekeeping."""
-        by_volume: dict[UUID, list[Tombstone]] = {}
-        for tombstone in tombstones:
-            by_volume.setdefault(tombstone.volume_id, []).append(tombstone)
-        for volume_id, group in by_volume.items():
-            volume = self.vault.volume(volume_id)
-            await self.vault.run(volume.remove_stored, [tombstone.file_path for tombstone in group])
-            await ledger.drop_tombstones(self.db, [tombstone.id for tombstone in group])
+        """Removes the bytes of deleted rows. What it raises on leaves them for the next housekeeping."""
+        await bury(self.db, self.vault, tombstones)
 
     async def erase_user(self, user_id: str) -> None:
         """Erases every byte and row of a user. From its first step on the user takes no new bytes.

@@ -390,7 +390,7 @@ class Volume:
             return
         try:
             with self.writing():
-                _remove_tree(name, parent)
+                remove_tree(name, parent)
             with self.syncing():
                 os.fsync(parent)
         finally:
@@ -403,7 +403,7 @@ class Volume:
         users = os.open(USERS, _DIRECTORY, dir_fd=root.fd)
         try:
             with self.writing():
-                _remove_tree(user_directory, users)
+                remove_tree(user_directory, users)
             with self.syncing():
                 os.fsync(users)
         finally:
@@ -490,8 +490,10 @@ def _unlink_if_there(name: str, directory: int) -> None:
         os.unlink(name, dir_fd=directory)
 
 
-def _remove_tree(name: str, parent: int) -> None:
-    """Others may be removing the same, or a worker that does not know yet may be storing its last preview there."""
+def remove_tree(name: str, parent: int) -> None:
+    """Removes a directory with all that is in it; nothing when there is none.
+
+    Others may be removing the same, or a worker that does not know yet may be storing its last preview there."""
     with suppress(FileNotFoundError):
         while True:
             fd = os.open(name, _DIRECTORY, dir_fd=parent)
@@ -499,7 +501,7 @@ def _remove_tree(name: str, parent: int) -> None:
                 with os.scandir(fd) as entries:
                     for entry in entries:
                         if entry.is_dir(follow_symlinks=False):
-                            _remove_tree(entry.name, fd)
+                            remove_tree(entry.name, fd)
                         else:
                             _unlink_if_there(entry.name, fd)
             finally:
