@@ -4,8 +4,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
+from uuid import UUID
 
-from ops import audit, tool
+from ops import audit, scrub, tool
 from server import cli
 
 
@@ -29,6 +30,10 @@ def _add_tools(commands: Any) -> None:
         metavar="HOURS",
         help="how old a file without a row must be, and then seen by two audits, to be set aside; 24 when left out",
     )
+    verify = tool.add(commands, "scrub", scrub.run, "read stored files again and compare their SHA-256; goes on where it stopped")
+    verify.add_argument("--rate", type=_rate, help="bytes a second, such as 20MiB, or unlimited; all within 30 days when left out")
+    verify.add_argument("--file", type=UUID, action="append", help="only this file, at once; may be repeated")
+    verify.add_argument("--damaged", action="store_true", help="only files known to be damaged, to see whether they are restored")
 
 
 def _hours(text: str) -> float:
@@ -39,6 +44,13 @@ def _hours(text: str) -> float:
     if not 0 <= hours <= 10_000:
         raise argparse.ArgumentTypeError("say a number of hours, such as 24")
     return hours * 3600
+
+
+def _rate(text: str) -> float:
+    size = cli.quantity(text)
+    if size is not None and size < 1:
+        raise argparse.ArgumentTypeError("say how many bytes a second, such as 20MiB, or unlimited")
+    return float("inf") if size is None else float(size)
 
 
 if __name__ == "__main__":

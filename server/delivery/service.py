@@ -210,11 +210,15 @@ class Delivery:
 
     async def _open(self, find: Callable[[], Awaitable[File]], asked: "_Asked", how: Presentation) -> Answer:
         file = await find()
+        if file.damaged_at is not None:
+            raise Damaged
         try:
             return await self._recorded(file, await self._answer(file, asked, how))
         except FileNotFoundError:
             # Replaced or deleted between the look at the row and the look at the disk: then the row says so by now.
             again = await find()
+        if again.damaged_at is not None:
+            raise Damaged
         try:
             if (again.volume_id, again.file_path) != (file.volume_id, file.file_path):
                 return await self._recorded(again, await self._answer(again, asked, how))

@@ -301,6 +301,7 @@ class Volume:
                 with self.writing():
                     for name in names:
                         _unlink_if_there(name, parent)
+                        _unlink_if_there(f"{name}.damaged", parent)  # so called since the scrub found it so
                 with self.syncing():
                     os.fsync(parent)
             finally:
