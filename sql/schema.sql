@@ -1145,6 +1145,7 @@ CREATE TABLE public.user_storage (
     updated_at timestamp with time zone DEFAULT now() NOT NULL,
     link_epoch integer DEFAULT 0 NOT NULL,
     preview_bytes bigint DEFAULT 0 NOT NULL,
+    moving_since timestamp with time zone,
     CONSTRAINT user_storage_credit_bytes_not_negative CHECK ((credit_bytes >= 0)),
     CONSTRAINT user_storage_file_count_not_negative CHECK ((file_count >= 0)),
     CONSTRAINT user_storage_link_epoch_not_negative CHECK ((link_epoch >= 0)),
@@ -1179,6 +1180,8 @@ CREATE TABLE public.volumes (
     mount_path text NOT NULL,
     state text DEFAULT 'open'::text NOT NULL,
     created_at timestamp with time zone DEFAULT now() NOT NULL,
+    draining_since timestamp with time zone,
+    reserved_for character varying(255),
     CONSTRAINT volumes_mount_path_absolute CHECK ((mount_path ~~ '/%'::text)),
     CONSTRAINT volumes_state_known CHECK ((state = ANY (ARRAY['open'::text, 'read_only'::text])))
 );
@@ -1372,6 +1375,10 @@ CREATE INDEX user_files_type_size ON public.user_files USING btree ((((((file_ty
 CREATE INDEX user_storage_erasing ON public.user_storage USING btree (user_id) WHERE (erasing_at IS NOT NULL);
 
 CREATE INDEX user_storage_link_epoch ON public.user_storage USING btree (user_id) WHERE (link_epoch > 0);
+
+CREATE INDEX user_storage_moving ON public.user_storage USING btree (user_id) WHERE (moving_since IS NOT NULL);
+
+CREATE UNIQUE INDEX volumes_reserved_for ON public.volumes USING btree (reserved_for) WHERE (reserved_for IS NOT NULL);
 
 CREATE TRIGGER correct_counters BEFORE INSERT ON public.counter_corrections FOR EACH ROW EXECUTE FUNCTION public.correct_counters_v1();
 

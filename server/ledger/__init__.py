@@ -124,7 +124,7 @@ from server.ledger.users import (
     usage,
     users_being_erased,
 )
-from server.ledger.volumes import add_volume, list_volumes, set_volume_state
+from server.ledger.volumes import add_volume, count_left, drain_volume, list_volumes, retire_volume, set_volume_state, volume_contents
 
 __all__ = [
     "PREVIEW_BOUNDS_SECONDS",
@@ -168,6 +168,7 @@ __all__ = [
     "claim_link",
     "claim_resumable_upload",
     "close_link",
+    "count_left",
     "count_previews",
     "create_api_key",
     "create_linked_upload",
@@ -175,6 +176,7 @@ __all__ = [
     "declare_resumable_length",
     "delete_files",
     "derive_preview_jobs",
+    "drain_volume",
     "drop_tombstones",
     "end_parts",
     "end_resumable_upload",
@@ -233,6 +235,7 @@ __all__ = [
     "replace_content",
     "request_variant",
     "resize_reservation",
+    "retire_volume",
     "retry_failed_previews",
     "revoke_api_key",
     "rotate_api_key",
@@ -252,6 +255,7 @@ __all__ = [
     "users_being_erased",
     "variant_is_requested",
     "variant_key",
+    "volume_contents",
     "wake_worker",
     "want_resumable_upload",
 ]

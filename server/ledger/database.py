@@ -22,6 +22,7 @@ from server.errors import (
     QuotaExceeded,
     TooManyUploads,
     UserErasing,
+    VolumeUnavailable,
 )
 from server.settings import Settings
 
@@ -61,6 +62,11 @@ _CONSTRAINTS: dict[str, Callable[[], CofferError]] = {
     "uploads_pkey": Conflict,
     "uploads_idempotency_key": IdempotencyInProgress,
     "uploads_owner": NotFound,
+    "volumes_reserved_for": Conflict,
+    # Retired since whoever wrote looked; or, for whoever retires it, in use.
+    "user_storage_volume": VolumeUnavailable,
+    "user_files_volume": VolumeUnavailable,
+    "uploads_volume": VolumeUnavailable,
 }
 
 _LOST = ("08", "57P01", "57P02", "57P03")

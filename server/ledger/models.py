@@ -254,11 +254,16 @@ class AuditPage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class VolumeRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One row of `volumes`. `state` is `open` or `read_only` (set after an I/O error, cleared by a sysadmin)."""
+    """One row of `volumes`. `state` is `open` or `read_only` (set after an I/O error, cleared by a sysadmin).
+
+    One that is draining takes no new users; one that is reserved takes this one alone.
+    """
 
     id: UUID
     mount_path: str
     state: str
+    is_draining: bool
+    reserved_for: str | None
     created_at: datetime
 
 

@@ -34,7 +34,8 @@ _EPOCHS = statement("link_epochs")
 async def ensure_user(db: Database, user_id: str, *, max_bytes: int | None, volume_id: UUID | None) -> User:
     """The user, who is added with this quota and volume if unknown. An existing user keeps quota and volume (unless that is null).
 
-    Without a volume, the user is left to get one with the first upload.
+    A volume that is reserved for the user goes before the given one; a given one that takes no new users is none. Without a volume, the
+    user is left to get one with the first upload.
     """
     rows = await db.read(_GET, user_id)
     if not rows or (volume_id is not None and rows[0]["volume_id"] is None):

@@ -6,9 +6,13 @@
 select {user} from user_storage where user_id = $1;
 
 -- name: ensure_user
--- Adds a user seen for the first time; gives an existing one a volume if it has none.
-with ensured as (
-    insert into user_storage as u (user_id, max_bytes, volume_id) values ($1, $2, $3)
+-- Adds a user seen for the first time; gives an existing one a volume if it has none: the one that is reserved for the user, or else $3, if
+-- it may be. Who chose that may not have heard yet that it is being drained.
+with place as (
+    select coalesce((select r.id from volumes r where r.reserved_for = $1),
+                    (select v.id from volumes v where v.id = $3 and v.reserved_for is null and v.draining_since is null)) as volume_id
+), ensured as (
+    insert into user_storage as u (user_id, max_bytes, volume_id) select $1, $2, p.volume_id from place p
     on conflict (user_id) do update set volume_id = coalesce(u.volume_id, excluded.volume_id)
     returning *
 ), recorded as (
