@@ -140,7 +140,7 @@ async def _run(name: str, work: Work, arguments: argparse.Namespace, needs_store
             await db.open()
             try:
                 if needs_store:
-                    await vault.refresh([(row.id, row.mount_path, row.state) for row in await ledger.list_volumes(db)])
+                    await vault.refresh(await ledger.list_volumes(db))
                 looked_at = await work(desk)
             finally:
                 vault.close()

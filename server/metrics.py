@@ -31,11 +31,14 @@ _BUCKETS_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 
 
 @dataclass(frozen=True, slots=True)
 class VolumeFacts:
-    """A volume at the moment of a scrape. `free_bytes` is None while nobody can tell."""
+    """A volume at the moment of a scrape. `free_bytes` is None while nobody can tell; of 0 inodes nothing is told."""
 
     volume_id: str
     state: str
     free_bytes: int | None
+    size_bytes: int = 0
+    inodes: int = 0
+    free_inodes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,12 +131,19 @@ class _Volumes(Collector):
     def collect(self) -> Iterable[Metric]:
         free = GaugeMetricFamily("coffer_volume_free_bytes", "Bytes that uploads may still take, above the reserve.", labels=("volume",))
         state = GaugeMetricFamily("coffer_volume_state", "1 for the state that the volume is in.", labels=("volume", "state"))
+        size = GaugeMetricFamily("coffer_volume_size_bytes", "Size of the volume's file system.", labels=("volume",))
+        inodes = GaugeMetricFamily("coffer_volume_inodes", "Files that the volume's file system can name.", labels=("volume",))
+        free_inodes = GaugeMetricFamily("coffer_volume_free_inodes", "Files that it can still take.", labels=("volume",))
         for volume in self._volumes:
             if volume.free_bytes is not None:
                 free.add_metric((volume.volume_id,), volume.free_bytes)
+                size.add_metric((volume.volume_id,), volume.size_bytes)
+                if volume.inodes:
+                    inodes.add_metric((volume.volume_id,), volume.inodes)
+                    free_inodes.add_metric((volume.volume_id,), volume.free_inodes)
             for each in VOLUME_STATES:
                 state.add_metric((volume.volume_id, each), float(each == volume.state))
-        return (free, state)
+        return (free, size, inodes, free_inodes, state)
 
 
 class _Previews(Collector):

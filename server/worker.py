@@ -65,7 +65,7 @@ async def work(settings: Settings, make: Make, make_variant: MakeVariant, *, hea
 
     async def watch() -> None:
         nonlocal derive_at
-        rows = [(row.id, row.mount_path, row.state) for row in await ledger.list_volumes(db)]
+        rows = await ledger.list_volumes(db)
         await vault.refresh(rows)
         await tell()
         if (began := clock()) >= derive_at:
@@ -78,7 +78,7 @@ async def work(settings: Settings, make: Make, make_variant: MakeVariant, *, hea
             await ledger.add_preview_figures(db, figures)
 
     async def jobs() -> None:
-        await vault.refresh([(row.id, row.mount_path, row.state) for row in await ledger.list_volumes(db)])
+        await vault.refresh(await ledger.list_volumes(db))
         log.info("ready")
         await run_jobs(settings.database_url, worker.handle, stopping, heartbeat_seconds=heartbeat_seconds)
 

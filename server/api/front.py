@@ -31,7 +31,7 @@ from server.api.sendfile import EXTENSION, SENDFILE, ClientGone
 from server.api.services import Services
 from server.api.streams import STREAMS
 from server.api.upload import replace, upload, upload_by_link
-from server.errors import NotFound
+from server.errors import CofferError, NotFound
 
 Message = MutableMapping[str, Any]
 ASGIScope = MutableMapping[str, Any]
@@ -161,7 +161,9 @@ class Front:
             log.debug("client went away", exc_info=error)
             return
         if problem.status >= 500 or exchange.status:
-            log.error("request failed", exc_info=error)
+            # A disk that is away fails every request, and where that was noticed says nothing: what is expected needs no traceback.
+            is_known = isinstance(error, CofferError) and error.__cause__ is None
+            log.error("request failed", exc_info=None if is_known else error, extra={"error": type(error).__name__})
         if not exchange.status:
             await problem.send(exchange.scope, exchange.send)
 

@@ -64,7 +64,7 @@ async def ready(request: Http) -> Response[Readiness]:
     """200 when requests can be served: the database answers and is migrated, every volume is mounted, writable and has room. Else 503."""
     services = services_of(request)
     database = await _check_database(services.db)
-    volumes = await services.vault.run(lambda: [_check_volume(volume) for volume in services.vault.volumes])
+    volumes = [_check_volume(volume) for volume in services.vault.volumes]
     scanner = None if services.scanner is None else ScannerCheck(await services.scanner.answers())
     is_ready = database.ok and bool(volumes) and all(volume.ok for volume in volumes)
     return Response(Readiness("ready" if is_ready else "not_ready", database, volumes, scanner), status_code=200 if is_ready else 503)
@@ -77,7 +77,8 @@ async def metrics(request: Http) -> Response[bytes]:
     previews = None
     with suppress(CofferError):  # a database that is down must not hide the rest
         previews = PreviewFacts(*await ledger.count_previews(services.db), _made(await ledger.preview_figures(services.db)))
-    text = await services.vault.run(lambda: services.metrics.expose([_facts(volume) for volume in services.vault.volumes], previews))
+    facts = [_facts(volume) for volume in services.vault.volumes]
+    text = await services.vault.run(lambda: services.metrics.expose(facts, previews))
     return Response(text, media_type=MEDIA_TYPE)
 
 
@@ -107,11 +108,13 @@ def _made(figures: list[ledger.PreviewFigure]) -> dict[tuple[str, str], list[tup
 
 
 def _facts(volume: Volume) -> VolumeFacts:
+    """By the last look at it: who asks for the state of a disk must not wait for one that does not answer."""
     try:
-        free_bytes = max(0, volume.free_bytes())
-    except (CofferError, OSError):
-        free_bytes = None
-    return VolumeFacts(str(volume.id), volume.state, free_bytes)
+        free_bytes = max(0, volume.free_bytes_seen())
+        room = volume.room()
+    except CofferError:
+        return VolumeFacts(str(volume.id), volume.state, None)
+    return VolumeFacts(str(volume.id), volume.state, free_bytes, room.size_bytes, room.inodes, room.free_inodes)
 
 
 handlers = [live, ready, metrics]

@@ -58,7 +58,7 @@ async def delete(db: Database, settings: Settings, *, user_id: str, for_real: bo
         return
     vault = Vault(settings.volume_reserve_bytes)
     try:
-        await vault.refresh([(row.id, row.mount_path, row.state) for row in await list_volumes(db)])
+        await vault.refresh(await list_volumes(db))
         await Intake(settings, db, vault).erase_user(user_id)
     finally:
         vault.close()

@@ -54,7 +54,7 @@ async def show_all(db: Database, settings: Settings, *, as_json: bool) -> None:
     vault = Vault(settings.volume_reserve_bytes)
     try:
         rows = await list_volumes(db)
-        await vault.refresh([(row.id, row.mount_path, row.state) for row in rows])
+        await vault.refresh(rows)
         table: list[dict[str, Any]] = []
         for row in rows:
             volume = vault.volume(row.id)

@@ -45,6 +45,7 @@ class Housekeeping:
         renew_seconds = self._settings.reservation_lease_seconds / 4  # three renewals may fail before a lease is lost
         self._tasks = [
             asyncio.create_task(self._repeat(self.watch, _WATCH_SECONDS)),
+            asyncio.create_task(self._repeat(self._look, _WATCH_SECONDS)),
             asyncio.create_task(self._repeat(self.renew, renew_seconds)),
             asyncio.create_task(self._repeat(self.tidy, _TIDY_SECONDS)),
         ]
@@ -73,7 +74,7 @@ class Housekeeping:
     async def watch(self) -> None:
         """Probes every volume, also while the database is down, and records the faults that this process met."""
         try:
-            rows = [(row.id, row.mount_path, row.state) for row in await ledger.list_volumes(self._db)]
+            rows = await ledger.list_volumes(self._db)
         except CofferError:
             rows = None
         await self._vault.refresh(rows)
@@ -83,6 +84,10 @@ class Housekeeping:
         if rows is not None:
             for look in self._also_watch:
                 await look()
+
+    async def _look(self) -> None:
+        """At the volumes alone: a database that takes its time must not hide what becomes of them."""
+        await self._vault.refresh(None)
 
     async def renew(self) -> None:
         """Keeps the reservations of running uploads from expiring."""

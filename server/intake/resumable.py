@@ -109,7 +109,7 @@ class ResumableUploads:
         """
         self._check_length(length_bytes)
         placement = await self._intake.placed(user_id)
-        placement.volume.check_writable(length_bytes or 0)
+        await self._intake.vault.check_writable(placement.volume, length_bytes or 0)
         upload_id = uuid7()
         try:
             expires_at = await ledger.create_resumable_upload(
@@ -294,7 +294,8 @@ class ResumableUploads:
         try:
             placement = await self._intake.placed(upload.user_id)
             volume = self._intake.vault.volume(upload.volume_id)
-            volume.check_writable(max(0, (upload.length_bytes or 0) - upload.offset_bytes) if is_fed else 0)
+            needed_bytes = max(0, (upload.length_bytes or 0) - upload.offset_bytes) if is_fed else 0
+            await self._intake.vault.check_writable(volume, needed_bytes)
             keep_bytes = upload.offset_bytes if hold.boot_id_before != _boot_id() else None
             file, head, tail = await self._intake.vault.run(self._open, volume, upload, keep_bytes)
             try:

@@ -115,7 +115,7 @@ class Intake:
             del self._loads[user_id]
 
     async def placed(self, user_id: str) -> Placement:
-        """The user's place; makes the user with the default quota, on the roomiest volume, when there is none.
+        """The user's place; makes the user with the default quota, on the volume that the vault chooses, when there is none.
 
         Raises `VolumeUnavailable`, `DatabaseUnavailable`, and `UserUnknown` for a token's user where tokens make none.
         """
@@ -138,7 +138,13 @@ class Intake:
                 raise UserUnknown from problem
             if user.volume_id is not None:
                 return user
-        return await ledger.ensure_user(self.db, user_id, max_bytes=self.settings.default_quota_bytes, volume_id=self.vault.roomiest().id)
+        volume_id = self.vault.place_for(user_id).id
+        user = await ledger.ensure_user(self.db, user_id, max_bytes=self.settings.default_quota_bytes, volume_id=volume_id)
+        if user.volume_id is None:  # the volume has begun to be drained, or was retired, since we looked
+            await self.vault.refresh(await ledger.list_volumes(self.db))
+            volume_id = self.vault.place_for(user_id).id
+            user = await ledger.ensure_user(self.db, user_id, max_bytes=self.settings.default_quota_bytes, volume_id=volume_id)
+        return user
 
     def forget(self, user_id: str) -> None:
         """The user's row is not what we remember."""
@@ -224,7 +230,7 @@ class Intake:
         if max_bytes > self.settings.max_file_bytes:
             raise FileTooLarge(self.settings.max_file_bytes)
         placement = await self.placed(user_id)
-        placement.volume.check_writable(max_bytes)
+        await self.vault.check_writable(placement.volume, max_bytes)
         upload_id = uuid7()
         try:
             await ledger.open_reservation(
@@ -259,7 +265,7 @@ class Intake:
             if declared_bytes is not None and declared_bytes > claimed.reserved_bytes:
                 raise FileTooLarge(claimed.reserved_bytes)
             placement = await self.placed(claimed.user_id)
-            placement.volume.check_writable(declared_bytes or 0)
+            await self.vault.check_writable(placement.volume, declared_bytes or 0)
             upload = Upload(
                 self,
                 upload_id,
@@ -334,7 +340,7 @@ class Intake:
         if declared_bytes is not None and declared_bytes > self.settings.max_file_bytes:
             raise FileTooLarge(self.settings.max_file_bytes)
         placement = await self.placed(user_id)
-        placement.volume.check_writable(declared_bytes or 0)
+        await self.vault.check_writable(placement.volume, declared_bytes or 0)
         return Upload(
             self,
             uuid7(),

@@ -44,7 +44,7 @@ class OnDemand:
 
     async def _variant(self, file: File, variant: Variant) -> None:
         volume = self._vault.volume(file.volume_id)
-        volume.check_writable(0)
+        await self._vault.check_writable(volume, 0)
         path, mime_type = await self._source(file)
         source = await self._vault.run(volume.stored_file, path)
         directory = previews_directory(file.file_path, file.id)

@@ -114,7 +114,7 @@ class PreviewWorker:
         tries: int | None = 0
         try:
             volume = self._vault.volume(file.volume_id)
-            volume.check_writable(0)
+            await self._vault.check_writable(volume, 0)
             async with self._room.entered(alone=file.preview_tries > 0), AsyncExitStack() as decoding:
                 if not await decoding.enter_async_context(self._decoding.taken(place)):
                     return True

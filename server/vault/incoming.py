@@ -100,7 +100,7 @@ class IncomingFile:
         try:
             with self._volume.writing():
                 os.link(f"{INCOMING}/{self._name}", name, src_dir_fd=self._root.fd, dst_dir_fd=parent, follow_symlinks=False)
-            os.unlink(f"{INCOMING}/{self._name}", dir_fd=self._root.fd)
+                os.unlink(f"{INCOMING}/{self._name}", dir_fd=self._root.fd)
             with self._volume.syncing():
                 os.fsync(parent)
         except FileNotFoundError as problem:

@@ -41,9 +41,13 @@ def init_volume(mount: Path) -> UUID:
 
 
 def read_sentinel(root_fd: int) -> UUID:
-    """The id in the sentinel of an opened mount. Raises `OSError` or `ValueError` when there is none worth the name."""
+    """The id in the sentinel of an opened mount, read from the disk: what is in the page cache would be there without the disk, too.
+
+    Raises `OSError` or `ValueError` when there is none worth the name.
+    """
     fd = os.open(SENTINEL, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=root_fd)
     try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         return UUID(os.read(fd, _LONGEST_SENTINEL_BYTES).decode("ascii").strip())
     finally:
         os.close(fd)

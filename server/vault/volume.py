@@ -6,6 +6,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 from uuid import UUID
@@ -19,6 +20,7 @@ State = Literal["open", "full", "read_only", "unavailable"]
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _SMALLEST_RESERVE_BYTES = 2**30
+_SMALLEST_RESERVE_INODES = 1_000  # and 1 %: what is under way, with its directories and previews, still gets its own
 _MOST_REMEMBERED_DIRECTORIES = 100_000  # about 100 bytes each: 10 MB
 
 log = logging.getLogger("coffer.vault")
@@ -44,6 +46,15 @@ class Handle:
         return self.fd
 
 
+@dataclass(frozen=True, slots=True)
+class Room:
+    """A file system's size. `inodes` is 0 where it makes them as it needs them (btrfs)."""
+
+    size_bytes: int
+    inodes: int
+    free_inodes: int
+
+
 class Volume:
     """A volume that a row of `volumes` names. All methods but the properties and `open_at_once` may block: run them in the vault's threads.
 
@@ -57,8 +68,11 @@ class Volume:
         self.state: State = "unavailable"
         self.reason = "not looked at yet"
         self.promised_bytes = 0  # declared by uploads under way here and not yet written; changed by the event loop only
+        self.is_draining = False  # takes no new users; like the next, as its row says
+        self.reserved_for: str | None = None  # the one user who is placed here
         self._reserve_bytes = reserve_bytes
         self._root: Handle | None = None
+        self._seen: os.statvfs_result | None = None  # by the last look
         self._durable: dict[str, int] = {}  # directories whose entry in their parent is known to be synced, by path: inode
         self._closed_by_row = False
         self._fault: str | None = None
@@ -77,18 +91,29 @@ class Volume:
                 self._durable = {}
                 self._root = root
             facts = os.statvfs(root.fd)
+            has_failed = _has_failed(root)
         except (OSError, ValueError) as problem:
-            self._root = None  # lets go of a file system that was unmounted lazily
+            self.let_go()  # of a file system that was unmounted lazily
             self._become("unavailable", str(problem))
             return
+        self._seen = facts
         if facts.f_flag & os.ST_RDONLY:
             self._become("read_only", "mounted read-only")
+        elif has_failed:
+            self._become("read_only", "the file system has met an error and takes no writes until it is checked (e2fsck) and mounted again")
         elif self._fault or self._closed_by_row:
             self._become("read_only", self._fault or "set read-only by a sysadmin or another process")
-        elif facts.f_bavail * facts.f_frsize < self._reserve(facts) or (facts.f_files and not facts.f_favail):
+        elif facts.f_bavail * facts.f_frsize < self._reserve(facts):
             self._become("full", "free space is below the reserve")
+        elif _lacks_inodes(facts):
+            self._become("full", "free inodes are below the reserve")
         else:
             self._become("open", "")
+
+    def give_up(self) -> None:
+        """To be told that `probe` takes too long: what the disk holds cannot be had, until it returns."""
+        self.let_go()
+        self._become("unavailable", "it does not answer")
 
     def apply_row(self, state: str) -> None:
         """Takes over what the volume's row says. A row reopened by a sysadmin clears a fault that had been recorded in it."""
@@ -119,8 +144,28 @@ class Volume:
 
         Raises `VolumeUnavailable`.
         """
+        return self._free_bytes(os.statvfs(self.root().fd))
+
+    def free_bytes_seen(self) -> int:
+        """As `free_bytes`, by the last look at the disk, and so without one: for the event loop, and for those who must not wait."""
+        return self._free_bytes(self._last_seen())
+
+    def used_bytes(self) -> int:
+        """Bytes that are taken, by whatever. Raises `VolumeUnavailable`."""
         facts = os.statvfs(self.root().fd)
+        return (facts.f_blocks - facts.f_bfree) * facts.f_frsize
+
+    def free_inodes(self) -> int | None:
+        """New files that uploads may still make, as `free_bytes`; None where the file system has no fixed number."""
+        return _free_inodes(os.statvfs(self.root().fd))
+
+    def _free_bytes(self, facts: os.statvfs_result) -> int:
         return facts.f_bavail * facts.f_frsize - self._reserve(facts) - self.promised_bytes
+
+    def room(self) -> Room:
+        """How large the file system is, by the last look at it. Raises `VolumeUnavailable`."""
+        facts = self._last_seen()
+        return Room(facts.f_blocks * facts.f_frsize, facts.f_files, facts.f_favail)
 
     def root(self) -> Handle:
         """The mount's handle; hold it for as long as descriptors derived from it are being opened."""
@@ -128,11 +173,27 @@ class Volume:
             raise VolumeUnavailable
         return self._root
 
+    def let_go(self) -> None:
+        """Holds the mount no longer; the volume is unavailable until the next look."""
+        self._root = self._seen = None
+
+    def _last_seen(self) -> os.statvfs_result:
+        if self._seen is None:
+            raise VolumeUnavailable
+        return self._seen
+
     def check_writable(self, needed_bytes: int) -> None:
-        """Raises `VolumeUnavailable`, `VolumeReadOnly` or `VolumeFull` unless that many more bytes may be written now."""
+        """Raises `VolumeUnavailable`, `VolumeReadOnly` or `VolumeFull` unless that many more bytes, in a new file, may be written now."""
         self.check_state()
-        if self.free_bytes() < needed_bytes:
+        facts = os.statvfs(self.root().fd)
+        if self._free_bytes(facts) < needed_bytes or _lacks_inodes(facts):
             raise VolumeFull
+
+    def had_room(self, needed_bytes: int) -> bool:
+        """As `check_writable`, by the last look at the disk, for the event loop: False for too full. What was written since is not seen."""
+        self.check_state()
+        facts = self._last_seen()
+        return self._free_bytes(facts) >= needed_bytes and not _lacks_inodes(facts)
 
     def check_state(self) -> None:
         """Raises `VolumeUnavailable` or `VolumeReadOnly` when the last look or write found it so. Costs nothing."""
@@ -459,6 +520,26 @@ class Volume:
         finally:
             os.close(directory)
         return found
+
+
+def _has_failed(root: Handle) -> bool:
+    """Whether ext4 has made itself read-only after an error (errors=remount-ro). Newer kernels tell so in the options of the mount, not
+    by statvfs(3).
+    """
+    device = os.fstat(root.fd).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    with open("/proc/self/mountinfo") as mounts:  # noqa: PTH123 - each second, for each volume
+        return any("emergency_ro" in line and line.split(" ", 3)[2] == wanted for line in mounts)
+
+
+def _free_inodes(facts: os.statvfs_result) -> int | None:
+    """File systems without a fixed number of inodes say 0."""
+    return facts.f_favail - max(facts.f_files // 100, _SMALLEST_RESERVE_INODES) if facts.f_files else None
+
+
+def _lacks_inodes(facts: os.statvfs_result) -> bool:
+    free = _free_inodes(facts)
+    return free is not None and free < 0
 
 
 def _copy_plain(source: Path, name: str, directory: int, volume: Volume) -> int:

@@ -251,7 +251,7 @@ async def test_a_revoked_user_is_remembered_while_the_database_is_away(settings:
     db, vault = Database(settings), Vault(None)
     await db.open()
     try:
-        await vault.refresh([(row.id, row.mount_path, row.state) for row in await ledger.list_volumes(db)])
+        await vault.refresh(await ledger.list_volumes(db))
         (known,) = vault.volumes
         user_id = "ada@example.com"  # whose directory has another name
         await ledger.ensure_user(db, user_id, max_bytes=None, volume_id=known.id)

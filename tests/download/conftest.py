@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,7 +18,7 @@ from server.auth import Principal, Scope
 from server.auth.authenticator import Recognised
 from server.delivery import Delivery
 from server.errors import NotFound, Unauthenticated
-from server.ledger.models import File
+from server.ledger.models import File, VolumeRow
 from server.rates import Buckets
 from server.settings import Settings
 from server.vault import Vault
@@ -87,7 +88,10 @@ def vault() -> Iterator[Vault]:
 @pytest.fixture
 def shelf(tmp_path: Path, vault: Vault, monkeypatch: pytest.MonkeyPatch) -> Shelf:
     volume_id = init_volume(tmp_path)
-    asyncio.run(vault.refresh([(volume_id, str(tmp_path), "open")]))
+    row = VolumeRow(
+        id=volume_id, mount_path=str(tmp_path), state="open", is_draining=False, reserved_for=None, created_at=datetime.now(UTC)
+    )
+    asyncio.run(vault.refresh([row]))
     shelf = Shelf(tmp_path, volume_id)
     monkeypatch.setattr(ledger.FileLookups, "owned", shelf.get_file)
     return shelf

@@ -85,13 +85,13 @@ async def sql(database_url: str) -> AsyncIterator[Connection]:
 async def bench(db: Database, sql: Connection, volume: Path) -> AsyncIterator[Bench]:
     await add_user(sql, "ada", None)
     vault = Vault(0)
-    rows = [(row.id, row.mount_path, row.state) for row in await ledger.list_volumes(db)]
+    rows = await ledger.list_volumes(db)
     await vault.refresh(rows)
     file_id = uuid4()
     path = f"users/ada/images/{file_id}.1.png"
     (volume / path).parent.mkdir(parents=True)
     (volume / path).write_bytes(b"old")
-    file = await ledger.publish_file(db, new_file("ada", 3, id=file_id, file_path=path, volume_id=rows[0][0]))
+    file = await ledger.publish_file(db, new_file("ada", 3, id=file_id, file_path=path, volume_id=rows[0].id))
     yield Bench(db, vault, volume, file)
     vault.close()
 

@@ -14,7 +14,7 @@ from server.ledger import Database, Notices, list_volumes
 from server.settings import Settings
 from server.vault import Vault
 
-_CALLS = ("fdatasync", "fsync", "link", "unlink", "ftruncate", "writev", "mkdir", "copy_file_range")
+_CALLS = ("fdatasync", "fsync", "link", "unlink", "rename", "ftruncate", "writev", "mkdir", "copy_file_range")
 
 
 Tell = Callable[[object], None]
@@ -40,7 +40,7 @@ async def serving(database_url: str) -> AsyncIterator[Service]:
     db, vault, notices = Database(settings), Vault(0), Notices(settings)
     await db.open()
     try:
-        await vault.refresh([(row.id, row.mount_path, row.state) for row in await list_volumes(db)])
+        await vault.refresh(await list_volumes(db))
         yield Service(settings, db, vault, notices)
     finally:
         await notices.close()

@@ -110,7 +110,7 @@ def test_an_error_at_any_call_of_an_upload_is_never_a_success(mount: Path, error
         wrap: Any = failing_at(nth, error)
         before = len(stored_files(mount))
         with pytest.MonkeyPatch.context() as patch:
-            for name in ("open", "writev", "fdatasync", "link", "fsync", "mkdir"):
+            for name in ("open", "writev", "fdatasync", "link", "unlink", "fsync", "mkdir"):
                 patch.setattr(os, name, wrap(name, getattr(os, name)))
             try:
                 store(volume, uuid4())
