@@ -223,13 +223,30 @@ def _add_volumes(commands: Any) -> None:
     group = _group(commands, "volume", "volumes")
     init = _json(_database_command(group, "init", _volume_init, "make a mounted directory a volume"))
     init.add_argument("path", type=Path)
+    add = _json(_database_command(group, "add", _volume_add, "register a directory that is a volume already, perhaps at another mount"))
+    add.add_argument("path", type=Path)
+    for each in (init, add):
+        each.add_argument("--for-user", type=user_id_of, help="reserve it for this user alone")
+    init.add_argument("--replace", type=UUID, metavar="ID", help="make an empty disk this volume, whose own disk is lost")
     _json(_database_command(group, "list", _volume_list, "all volumes and their state"))
     reopen = _database_command(group, "reopen", _volume_reopen, "let a volume that an I/O error closed take writes again")
     reopen.add_argument("volume_id", type=UUID)
+    drain = _database_command(group, "drain", _volume_drain, "place no new users on a volume; `rebalance` then moves those it has")
+    drain.add_argument("volume_id", type=UUID)
+    drain.add_argument("--undo", action="store_true", help="let it take new users again")
+    retire = _for_real(_database_command(group, "retire", _volume_retire, "forget a drained, empty volume"))
+    retire.add_argument("volume_id", type=UUID)
+    retire.add_argument("--leave-bytes", action="store_true", help="although bytes could not be removed from it: wipe its disk")
+    check = _json(_database_command(group, "verify", _volume_verify, "try volumes: sentinel, mount, a synced write, space, inodes"))
+    check.add_argument("volume_id", type=UUID, nargs="*")
 
 
 async def _volume_init(db: Database, settings: Settings, arguments: argparse.Namespace) -> None:
-    await volumes.init(db, settings, mount=arguments.path, as_json=arguments.json)
+    await volumes.init(db, settings, mount=arguments.path, for_user=arguments.for_user, replaced=arguments.replace, as_json=arguments.json)
+
+
+async def _volume_add(db: Database, settings: Settings, arguments: argparse.Namespace) -> None:
+    await volumes.add(db, settings, mount=arguments.path, for_user=arguments.for_user, as_json=arguments.json)
 
 
 async def _volume_list(db: Database, settings: Settings, arguments: argparse.Namespace) -> None:
@@ -238,6 +255,18 @@ async def _volume_list(db: Database, settings: Settings, arguments: argparse.Nam
 
 async def _volume_reopen(db: Database, _: Settings, arguments: argparse.Namespace) -> None:
     await volumes.reopen(db, volume_id=arguments.volume_id)
+
+
+async def _volume_drain(db: Database, _: Settings, arguments: argparse.Namespace) -> None:
+    await volumes.drain(db, volume_id=arguments.volume_id, undo=arguments.undo)
+
+
+async def _volume_retire(db: Database, settings: Settings, arguments: argparse.Namespace) -> None:
+    await volumes.retire(db, settings, volume_id=arguments.volume_id, leaves_bytes=arguments.leave_bytes, for_real=arguments.for_real)
+
+
+async def _volume_verify(db: Database, settings: Settings, arguments: argparse.Namespace) -> None:
+    await volumes.verify_all(db, settings, ids=arguments.volume_id, as_json=arguments.json)
 
 
 # The audit trail

@@ -12,15 +12,15 @@ from server.vault.layout import INCOMING, QUARANTINE, SENTINEL, USERS
 _LONGEST_SENTINEL_BYTES = 64
 
 
-def init_volume(mount: Path) -> UUID:
-    """Makes `mount` (an existing directory) a volume and returns its new id.
+def init_volume(mount: Path, volume_id: UUID | None = None) -> UUID:
+    """Makes `mount` (an existing directory) a volume and returns its id, a new one unless it is given.
 
     Everything is synced before the sentinel appears under its name, so a crash leaves either no volume or a whole one.
     Raises `FileExistsError` when the directory already is a volume.
     """
     if (mount / SENTINEL).exists():
         raise FileExistsError(f"{mount} already is a Coffer volume")
-    volume_id = uuid4()
+    volume_id = volume_id or uuid4()
     for name in (INCOMING, USERS, QUARANTINE):
         (mount / name).mkdir(mode=0o750, exist_ok=True)
     draft = mount / f"{SENTINEL}.{volume_id}"

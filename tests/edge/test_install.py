@@ -113,6 +113,7 @@ def test_every_volume_is_served_and_a_new_one_once_installed(start_edge: StartEd
         hint_of_before = link(ada, moving)
         made = edge.run("volume", "init", str(second), "--json")
         assert made.returncode == 0, made.stderr
+        assert "coffer edge install --for-real" in made.stderr
         assert edge.coffer("check").returncode == 1  # nginx does not know it
         edge.install()
         assert edge.coffer("check").returncode == 0
