@@ -20,6 +20,7 @@ from server.commands.output import human_bytes
 from server.errors import CofferError
 from server.intake.burial import bury
 from server.ledger import audit as rows
+from server.ledger import moves
 from server.ledger import scrub as damages
 from server.ledger.audit import Listed
 from server.ledger.models import StoredPreview
@@ -77,6 +78,7 @@ async def run(desk: Desk) -> str:
             await audit.sweep_incoming(look)
     await audit.compare_previews()
     await audit.settle_overdue()
+    await audit.tell_copies()
     await audit.tell_damaged()
     listed = sum(look.listed for look in audit.looks.values())
     desk.figures |= {"rows_files": files, "rows_bytes": size_bytes, "listed_files": listed, "volumes": len(audit.looks)}
@@ -407,6 +409,13 @@ class _Audit:
             await bury(self.db, self.desk.vault, can)
             if len(can) < len(old):
                 break
+
+    async def tell_copies(self) -> None:
+        """Copies that a move between volumes has left, or is making, are known by their tombstones, and nobody's garbage."""
+        copies, oldest_seconds = await moves.count_copies(self.db)
+        if copies and oldest_seconds > _OVERDUE_SECONDS:
+            text = f"{copies} copies of moved files are left to remove, since {oldest_seconds / 60:.0f} minutes"
+            self._found("copies", "waiting", text, command="coffer rebalance --for-real")
 
     async def tell_damaged(self) -> None:
         """What the scrub has found stays found until it is put back."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 from uuid import UUID
 
-from ops import audit, scrub, tool
+from ops import audit, rebalance, scrub, tool
 from server import cli
 
 
@@ -34,6 +34,20 @@ def _add_tools(commands: Any) -> None:
     verify.add_argument("--rate", type=_rate, help="bytes a second, such as 20MiB, or unlimited; all within 30 days when left out")
     verify.add_argument("--file", type=UUID, action="append", help="only this file, at once; may be repeated")
     verify.add_argument("--damaged", action="store_true", help="only files known to be damaged, to see whether they are restored")
+    meaning = "move users between volumes: off those that are drained, onto their own, or evenly; they notice nothing"
+    move = tool.add(commands, "rebalance", rebalance.run, meaning)
+    move.add_argument("--for-real", action="store_true", help="do it; without this, it is only told what would be done")
+    move.add_argument("--user", type=cli.user_id_of, help="only this user, to the volume --to")
+    move.add_argument("--to", type=UUID, metavar="VOLUME")
+    move.add_argument("--evenly", action="store_true", help="also even out how full the shared volumes are")
+    move.add_argument("--rate", type=_rate, help="bytes a second, such as 20MiB; as fast as it goes when left out")
+    move.add_argument(
+        "--keep-old",
+        type=_seconds,
+        default=rebalance.KEEP_OLD_SECONDS,
+        metavar="SECONDS",
+        help="how long the old copy of a moved file stays for whoever is about to read it; %(default)g when left out",
+    )
 
 
 def _hours(text: str) -> float:
@@ -44,6 +58,16 @@ def _hours(text: str) -> float:
     if not 0 <= hours <= 10_000:
         raise argparse.ArgumentTypeError("say a number of hours, such as 24")
     return hours * 3600
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1
+    if not 0 <= seconds <= 86_400:
+        raise argparse.ArgumentTypeError("say a number of seconds, such as 15")
+    return seconds
 
 
 def _rate(text: str) -> float:

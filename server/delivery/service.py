@@ -139,7 +139,7 @@ class Delivery:
         try:
             return await self._open(lambda: self._lookups.linked(link.id, link.generation, link.link_epoch), asked, how)
         except DatabaseUnavailable:
-            if (trusted := self._without_database(link)) is None:
+            if (trusted := await self._without_database(link)) is None:
                 raise
             try:
                 return await self._answer(trusted, asked, how)
@@ -157,19 +157,26 @@ class Delivery:
             try:
                 return await self._recorded(found, await self._answer(found, asked, how))
             except (FileNotFoundError, Damaged):
-                log.warning("a preview is missing and will be made again", extra={"file_id": str(link.id), "file_path": found.file_path})
-                await self._previews.make_again(found)
+                again = await self._previews.find(link, name)
+                if again.volume_id == found.volume_id:  # else it has been moved to another volume meanwhile
+                    log.warning(
+                        "a preview is missing and will be made again", extra={"file_id": str(link.id), "file_path": found.file_path}
+                    )
+                    await self._previews.make_again(found)
             found = await self._previews.find(link, name)
             try:
                 return await self._recorded(found, await self._answer(found, asked, how))
             except FileNotFoundError as problem:
                 raise Damaged from problem
         except DatabaseUnavailable:
-            if (trusted := self._without_database(link)) is None:
+            if (trusted := await self._without_database(link)) is None:
                 raise
             try:
                 # The original's generation is what revokes its links, so it must be there.
-                await self._vault.run(_is_stored, self._vault.volume(trusted.volume_id), trusted.file_path)
+                volume = self._vault.volume(trusted.volume_id)
+                volume.root()
+                if not await self._vault.run(_is_stored, volume, trusted.file_path):
+                    raise NotFound from None
                 return await self._answer(from_link(trusted, name), asked, how)
             except FileNotFoundError as problem:
                 raise NotFound from problem
@@ -184,12 +191,18 @@ class Delivery:
                 return Handle(fd)
         return None
 
-    def _without_database(self, link: LinkedFile) -> LinkedFile | None:
-        """The link, when it may be trusted although no row can be asked: then with its volume."""
-        volume_id = next((volume.id for volume in self._vault.volumes if volume.id.bytes[:4] == link.volume_prefix), None)
-        if self._audit_reads or volume_id is None or link.link_epoch < self.link_epochs.get(link.user_directory, 0):
+    async def _without_database(self, link: LinkedFile) -> LinkedFile | None:
+        """The link, when it may be trusted although no row can be asked: then with its volume, or that to which the file has been moved
+        since: what its name says is the same on all.
+        """
+        named = next((volume for volume in self._vault.volumes if volume.id.bytes[:4] == link.volume_prefix), None)
+        if self._audit_reads or link.link_epoch < self.link_epochs.get(link.user_directory, 0):
             return None
-        return msgspec.structs.replace(link, volume_id=volume_id)
+        others = [volume for volume in self._vault.volumes if volume is not named and volume.state != "unavailable"]
+        for volume in others if named is None else [named, *others]:
+            if await self._vault.run(_is_stored, volume, link.file_path):
+                return msgspec.structs.replace(link, volume_id=volume.id)
+        return None if named is None else msgspec.structs.replace(link, volume_id=named.id)
 
     async def open_public(
         self, public_id: str, method: str, headers: Mapping[str, str], cache_control: str, *, unread: bool = False
@@ -292,8 +305,12 @@ class Delivery:
 # as anybody keeps the exception.
 
 
-def _is_stored(volume: Volume, path: str) -> None:
-    os.close(volume.open_stored(path))
+def _is_stored(volume: Volume, path: str) -> bool:
+    try:
+        os.close(volume.open_stored(path))
+    except (FileNotFoundError, VolumeUnavailable):
+        return False
+    return True
 
 
 def _size_of(volume: Volume, path: str) -> int:

@@ -13,6 +13,7 @@ from server import ledger
 from server.errors import CofferError, NotFound
 from server.intake.service import Intake
 from server.ledger import Database
+from server.ledger.moves import users_being_moved
 from server.settings import Settings
 from server.vault import Vault, Volume
 
@@ -20,6 +21,7 @@ _WATCH_SECONDS = 1.0  # a volume that goes away is known within this
 _TIDY_SECONDS = 15.0
 _EXPIRED_UPLOADS_KNOWN_SECONDS = 7 * 86_400  # till then their clients are told that they have expired
 _BATCH = 1_000
+_MOST_MOVED = 10_000  # at a time; uploads of further ones go to their old volume for up to a minute, and are moved from there
 
 log = logging.getLogger("coffer.housekeeping")
 
@@ -72,18 +74,24 @@ class Housekeeping:
             log.exception("housekeeping failed; will try again")
 
     async def watch(self) -> None:
-        """Probes every volume, also while the database is down, and records the faults that this process met."""
+        """Probes every volume, also while the database is down, and records the faults that this process met.
+
+        Where users are placed who are being moved is asked anew, so that their uploads go to the new volume within seconds.
+        """
         try:
             rows = await ledger.list_volumes(self._db)
         except CofferError:
             rows = None
         await self._vault.refresh(rows)
+        if rows is None:
+            return
         for volume in self._vault.volumes:
-            if rows is not None and volume.unrecorded_fault:
+            if volume.unrecorded_fault:
                 await ledger.set_volume_state(self._db, volume.id, "read_only")
-        if rows is not None:
-            for look in self._also_watch:
-                await look()
+        for user_id in await users_being_moved(self._db, "", _MOST_MOVED):
+            self._intake.forget(user_id)
+        for look in self._also_watch:
+            await look()
 
     async def _look(self) -> None:
         """At the volumes alone: a database that takes its time must not hide what becomes of them."""

@@ -31,6 +31,7 @@ from server.errors import (
     NotFound,
     TooManyUploads,
     UserUnknown,
+    VolumeUnavailable,
 )
 from server.intake.burial import bury
 from server.intake.scanner import Scanner
@@ -121,13 +122,20 @@ class Intake:
         """
         now = time.monotonic()
         until, volume_id, since = self._placements.get(user_id, _NOWHERE)
-        if until < now:
+        if until < now or self._may_have_moved(volume_id):
             user = await self._user(user_id)
             if len(self._placements) >= _MOST_PLACEMENTS:
                 self._placements.clear()
             volume_id, since = user.volume_id, user.created_at
             self._placements[user_id] = (now + _PLACEMENT_SECONDS, volume_id, since)
         return Placement(self.vault.volume(volume_id), since)
+
+    def _may_have_moved(self, volume_id: UUID | None) -> bool:
+        """From a volume that is being drained users are moved away; one that is unknown may have been retired."""
+        try:
+            return self.vault.volume(volume_id).is_draining
+        except VolumeUnavailable:
+            return True
 
     async def _user(self, user_id: str) -> User:
         if acting() == "user_token" and not self.settings.token_users_are_created:
@@ -299,12 +307,24 @@ class Intake:
         A crash leaves either name with its row, and at most another name of the same bytes without one. Raises `NotFound`,
         `Conflict` when the file is replaced at this moment, `Damaged`, `VolumeReadOnly` and the like.
         """
-        old = await ledger.get_file(self.db, user_id, file_id)
+        while True:
+            old = await ledger.get_file(self.db, user_id, file_id)
+            try:
+                file = await self._rename(user_id, old)
+            except (Conflict, Damaged):
+                now = await ledger.get_file(self.db, user_id, file_id)
+                if now.generation != old.generation or now.volume_id == old.volume_id:
+                    raise
+                continue  # moved to another volume meanwhile
+            await self.bury_generation(old)
+            return file
+
+    async def _rename(self, user_id: str, old: File) -> File:
         volume = self.vault.volume(old.volume_id)
         volume.check_state()
         path = PurePosixPath(old.file_path)
         for generation in range(old.generation + 1, old.generation + MOST_GENERATIONS_TRIED):
-            new_path = f"{path.parent}/{file_id}.{generation}{path.suffix}"
+            new_path = f"{path.parent}/{old.id}.{generation}{path.suffix}"
             try:
                 await self.vault.run(volume.name_again, old.file_path, new_path)
             except FileExistsError:  # left by a crash
@@ -315,17 +335,21 @@ class Intake:
         else:
             raise Conflict
         try:
-            file = await ledger.rename_generation(self.db, user_id, old, generation, new_path)
+            return await ledger.rename_generation(self.db, user_id, old, generation, new_path)
         except CommitUnknown:
             raise  # either name may be the row's: both stay, and the audit removes the other
         except CofferError:
             await self.vault.run(volume.remove_stored, [new_path])
             raise
+
+    async def bury_generation(self, old: File) -> None:
+        """Removes the bytes of a generation that is over, which the file had as `old`: from its place, and copies on other volumes. What
+        cannot be removed now goes later, by its tombstone.
+        """
         try:
-            await self.vault.run(volume.remove_stored, [old.file_path])
-        except CofferError as problem:  # its tombstone stays, as it does in any case until housekeeping has looked
-            log.warning("a revoked name will go later: %s", problem)
-        return file
+            await self.bury(await ledger.tombstones_of(self.db, old.id, old.generation))
+        except CofferError as problem:
+            log.warning("bytes that are no file's any more will go later: %s", problem)
 
     async def _prepare(
         self,
@@ -416,7 +440,9 @@ class Intake:
         async def remove_bytes() -> None:
             for volume_id, name in await ledger.list_resumable_bytes(self.db, user_id):
                 await self.vault.run(self.vault.volume(volume_id).remove_incoming, [name])
-            for volume in self.vault.volumes if user.volume_id is None else [self.vault.volume(user.volume_id)]:
+            # On other volumes only what was moved away, or came there while the user was being moved, may have left directories.
+            others = [volume for volume in self.vault.volumes if volume.id != user.volume_id and volume.state in ("open", "full")]
+            for volume in others if user.volume_id is None else [*others, self.vault.volume(user.volume_id)]:
                 await self.vault.run(volume.remove_user, user_directory(user_id))
 
         await ledger.finish_erasing(self.db, user_id, remove_bytes)

@@ -31,7 +31,7 @@ from server.intake.scanner import Scanner
 from server.kinds import HEAD_BYTES, MP4, TAIL_BYTES, Allowed, FileType, detect, resolve
 from server.ledger.models import ClaimedLink, File, NewFile, ReplacedContent
 from server.vault import IncomingFile
-from server.vault.layout import stored_path
+from server.vault.layout import previews_directory, stored_path
 
 if TYPE_CHECKING:
     from server.intake.service import Intake, Placement
@@ -287,10 +287,13 @@ class Upload:
 
         file = await self._commit(statement, old.id, new.file_path)
         self._wake_worker(file)
-        try:
-            await self._intake.vault.run(self._intake.vault.volume(old.volume_id).remove_stored, [old.file_path])
-        except CofferError as problem:  # its tombstone stays, as it does in any case until housekeeping has looked
-            log.warning("replaced bytes will go later: %s", problem)
+        await self._intake.bury_generation(old)
+        if old.volume_id != file.volume_id:  # else making the new previews replaces them
+            vault = self._intake.vault
+            try:
+                await vault.run(vault.volume(old.volume_id).remove_previews, previews_directory(old.file_path, old.id))
+            except CofferError as problem:
+                log.warning("previews of replaced bytes are left to the audit: %s", problem)
         return file
 
     def _resolve(self, kind: str | None) -> tuple[FileType, str]:

@@ -96,7 +96,7 @@ from server.ledger.resumable import (
     user_of_upload_link,
     want_resumable_upload,
 )
-from server.ledger.tombstones import drop_tombstones, pending_tombstones
+from server.ledger.tombstones import drop_tombstones, pending_tombstones, tombstones_of
 from server.ledger.trail import list_trail, purge_trail, record_reads
 from server.ledger.uploads import (
     claim_link,
@@ -246,6 +246,7 @@ __all__ = [
     "set_tags",
     "set_volume_state",
     "time_to_look",
+    "tombstones_of",
     "touch_preview",
     "unclaim_link",
     "uncount_preview_try",

@@ -169,9 +169,10 @@ async def set_public(db: Database, user_id: str, file_id: UUID, public_id: str |
 async def rename_generation(db: Database, user_id: str, old: File, generation: int, path: str) -> File:
     """Points a file at another name of the same bytes, leaving a tombstone for the old one.
 
-    Call it when the new name is synced. Raises `Conflict` when the file has another generation or is gone, and `CommitUnknown`.
+    Call it when the new name is synced. Raises `Conflict` when the file has another generation, is on another volume or is gone, and
+    `CommitUnknown`.
     """
-    rows = await db.write(_RENAME_GENERATION, user_id, old.id, old.generation, generation, path, actor_json())
+    rows = await db.write(_RENAME_GENERATION, user_id, old.id, old.generation, generation, path, old.volume_id, actor_json())
     if not rows:
         raise Conflict
     return _one(rows)

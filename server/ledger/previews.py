@@ -75,7 +75,7 @@ async def finish_preview(
 ) -> bool:
     """Says what became of the preview of `file`, and tells who waits for it. Call it when the bytes of `made` are synced.
 
-    False when the file no longer waits: it is gone, somebody else was faster, or its bytes have been replaced since `file` was read.
+    False when the file no longer waits: it is gone, somebody else was faster, or its bytes were replaced or moved since `file` was read.
     """
     facts = facts or PreviewFacts()
     rows = await db.write(
@@ -100,6 +100,7 @@ async def finish_preview(
         [each.width for each in made],
         [each.height for each in made],
         [each.size_bytes for each in made],
+        file.volume_id,
         patience=COMMIT_PATIENCE_SECONDS,
     )
     return bool(rows)
@@ -160,9 +161,11 @@ async def add_variant(db: Database, file: File, made: PreviewRow, most_bytes: in
     """Enters a variant of `file`, whose bytes lie in their place, and takes the rows of those that its user has not used for the longest
     time, so that all made on demand stay within `most_bytes`; their bytes are then the caller's to remove.
 
-    None when the file has gone or has other bytes than `file` by now.
+    None when the file has gone, or has other bytes or another volume than `file` by now.
     """
-    rows = await db.write(_ADD, file.id, file.sha256, made.variant, made.mime_type, made.width, made.height, made.size_bytes, most_bytes)
+    rows = await db.write(
+        _ADD, file.id, file.sha256, made.variant, made.mime_type, made.width, made.height, made.size_bytes, most_bytes, file.volume_id
+    )
     if not rows:
         return None
     return [

@@ -195,14 +195,17 @@ class PreviewWorker:
 
     async def _is_as_read(self, file: File) -> bool:
         now = await ledger.find_file_anywhere(self._db, file.id)
-        return now is not None and now.file_path == file.file_path
+        return now is not None and (now.volume_id, now.file_path) == (file.volume_id, file.file_path)
 
     async def _tidy_after(self, file: File, volume: Volume, directory: str) -> None:
-        """What was just stored is not wanted: the file may be gone, and its tombstone have been seen to before we stored; or it has other
-        bytes by now, whose previews another worker may have stored before us.
+        """What was just stored is not wanted: the file may be gone, or be on another volume, and what was left here have been removed
+        before we stored; or it has other bytes by now, whose previews another worker may have stored before us.
         """
-        if await ledger.find_file_anywhere(self._db, file.id) is None:
+        now = await ledger.find_file_anywhere(self._db, file.id)
+        if now is None:
             await self._vault.run(volume.remove_late_previews, directory)
+        elif now.volume_id != file.volume_id:
+            await self._vault.run(volume.remove_previews, directory)
         else:
             await ledger.renew_preview(self._db, file)
 

@@ -191,13 +191,13 @@ with found as (
 select {file} from changed;
 
 -- name: rename_generation
--- Points a row at another name of the same bytes, which ends its links. The trigger leaves a tombstone for the old name.
+-- Points a row at another name of the same bytes, on the same volume ($6), which ends its links. The trigger leaves a tombstone for the old name.
 with renamed as (
     update user_files set generation = $4, file_path = $5, updated_at = clock_timestamp()
-     where user_id = $1 and id = $2 and generation = $3
+     where user_id = $1 and id = $2 and generation = $3 and volume_id = $6
     returning *
 ), recorded as (
     insert into audit_log (action, user_id, file_id, detail, actor_kind, actor_id, acting_user_id, address, request_id)
-    select 'links.revoked', r.user_id, r.id, '{}', a.* from renamed r, actor_of_v1($6) a
+    select 'links.revoked', r.user_id, r.id, '{}', a.* from renamed r, actor_of_v1($7) a
 )
 select {file} from renamed;

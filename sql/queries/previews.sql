@@ -52,12 +52,12 @@ select pg_notify('ch_pgqueuer', json_build_object('channel', 'ch_pgqueuer', 'ope
 select exists (select from pgqueuer where dedupe_key = 'variant:' || $1::uuid || ':' || $2::text and status in ('queued', 'picked')) as yes;
 
 -- name: add_variant
--- Enters what was made on demand of a file with these bytes ($2). Of what was made so for its user the least recently used goes, as much
--- as is over $8 bytes with the new one. Nothing is returned when the file has other bytes by now; else a row for each that went, or an empty one.
+-- Enters what was made on demand of a file with these bytes ($2), and stored on this volume ($9). Of what was made so for its user the least recently used goes, as much
+-- as is over $8 bytes with the new one. Nothing is returned when the file has other bytes or another place by now; else a row for each that went, or an empty one.
 -- Locks, in the order of all who change files and their previews: the file, its user, the previews; those of other files that somebody else
 -- is at, because their file is deleted or their previews are made, are left to them.
 with file as materialized (
-    select id, user_id from user_files where id = $1 and sha256 = $2 for share
+    select id, user_id from user_files where id = $1 and sha256 = $2 and volume_id = $9 for share
 ), owner as materialized (
     select u.user_id from user_storage u where u.user_id = (select f.user_id from file f) for no key update
 ), made as (
@@ -102,13 +102,14 @@ update user_files set preview_state = 'pending', preview_reason = null, preview_
  where id = $1 and sha256 <> $2 and preview_state <> 'pending' returning id;
 
 -- name: finish_preview
--- Says what became of the preview of a file that still waits for it with the bytes ($2) that were looked at, and tells those who wait.
+-- Says what became of the preview of a file that still waits for it with the bytes ($2) that were looked at, where they were ($21), and tells
+-- those who wait.
 -- Returns nothing when it does not. The previews of before go, unless one of the same variant takes the place of each.
 with done as (
     update user_files
        set preview_state = $3, preview_reason = $4, width = $5, height = $6, resolution = $7, duration_seconds = $8, duration = $9,
            frame_rate = $10, video_codec = $11, audio_codec = $12, thumbhash = $13, average_color = $14
-     where id = $1 and sha256 = $2 and preview_state = 'pending'
+     where id = $1 and sha256 = $2 and volume_id = $21 and preview_state = 'pending'
     returning id, user_id
 ), outdated as (
     delete from previews p using done d where p.file_id = d.id and p.variant <> all ($15::text[])

@@ -15,11 +15,12 @@ from ops.embedded_postgres import EmbeddedPostgres
 from server import ledger
 from server.auth import Scope
 from server.delivery import AwaitedPreviews, Delivery, Links
-from server.errors import DatabaseUnavailable
+from server.errors import DatabaseUnavailable, NotFound
 from server.ledger import Database, Notices
 from server.settings import Settings
 from server.vault import Vault
 from server.vault.layout import stored_path
+from server.vault.sentinel import init_volume
 from tests.download.samples import a_file
 from tests.linking import BODY, link, stored
 from tests.samples import image
@@ -272,6 +273,37 @@ async def test_a_revoked_user_is_remembered_while_the_database_is_away(settings:
         assert (await delivery.open_linked(found, "HEAD", {}, "private")).status == 200  # it has not heard of the revocation
         with pytest.raises(DatabaseUnavailable):
             await seen.open_linked(found, "HEAD", {}, "private")
+    finally:
+        vault.close()
+        await db.close()
+
+
+@pytest.mark.anyio
+async def test_a_moved_file_is_found_while_the_database_is_away(settings: Settings, volume: Path, tmp_path: Path) -> None:
+    """Its link names the old volume."""
+    db, vault = Database(settings), Vault(0)
+    await db.open()
+    try:
+        (tmp_path / "second").mkdir()
+        new_id = init_volume(tmp_path / "second")
+        await ledger.add_volume(db, new_id, str(tmp_path / "second"))
+        await vault.refresh(rows := await ledger.list_volumes(db))
+        path = stored_path("ada", "image", file_id := uuid4(), 1, "png")
+        (tmp_path / "second" / path).parent.mkdir(parents=True)
+        (tmp_path / "second" / path).write_bytes(BODY)
+        old_id = next(row.id for row in rows if row.id != new_id)
+        links = Links(["k" * 32])
+        file = a_file(BODY, id=file_id, user_id="ada", file_path=path, volume_id=old_id)
+        _, _, token, segment = links.download(file, 0, expires_at=4_000_000_000).split("/")
+        delivery = Delivery(db, vault, AwaitedPreviews(db, Notices(settings), 1, asyncio.Event()))
+        await db.close()
+        answer = await delivery.open_linked(links.verify_download(token, segment), "GET", {}, "private")
+        assert answer.body is not None
+        assert (answer.status, answer.body.volume_id) == (200, new_id)
+        answer.body.close()
+        (tmp_path / "second" / path).unlink()
+        with pytest.raises(NotFound):
+            await delivery.open_linked(links.verify_download(token, segment), "GET", {}, "private")
     finally:
         vault.close()
         await db.close()

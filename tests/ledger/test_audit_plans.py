@@ -78,6 +78,8 @@ def _literal(value: object) -> str:
         ("page_of_damaged", (_ID, 1_000), "user_files_damaged", "id >"),
         ("failed_previews", (_ID, 100), "user_files_preview_failed", "id >"),
         ("rebuild_previews", (_ID, None, 1_000, ["image"]), "user_files_pkey", "id >"),
+        ("lock_files_to_move", (_ID, [_ID], [1]), "user_files_pkey", "id = ANY"),
+        ("page_to_move", ("ada", _NOON, _ID, 1_000), "user_files_created", "ROW(upload_date, id) >"),
     ],
 )
 async def test_a_page_begins_where_the_last_one_ended(
@@ -99,6 +101,8 @@ async def test_a_page_begins_where_the_last_one_ended(
     [
         ("page_of_previews", (_ID, "320", 10_000)),
         ("page_of_counters", ("", 500)),
+        ("users_to_move", (_ID, "", 500)),
+        ("pending_tombstones", (1_000,)),
         ("old_tombstones", (600.0, 1_000)),
     ],
 )

@@ -1,6 +1,7 @@
 """The tools, run as a timer runs them, beside a server with some files."""
 
 import asyncio
+import hashlib
 import json
 import os
 import threading
@@ -8,14 +9,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import asyncpg
 import pytest
 
 from ops import cli
+from server.commands.failures import Exit
 from tests.quota.rows import drift
 from tests.samples import image
-from tests.serving import RunningServer
+from tests.serving import RunningServer, execute
+from tests.waiting import until
 
 
 @dataclass(frozen=True)
@@ -87,3 +91,42 @@ def drifted(database_url: str) -> list[tuple[str, str]]:
             await connection.close()
 
     return asyncio.run(look())
+
+
+# Two volumes
+
+
+class Second:
+    """Another volume of the server, beside its first."""
+
+    def __init__(self, server: RunningServer, mount: Path) -> None:
+        self.mount = mount
+        self.id: UUID = execute(server.database_url, "select id from volumes where mount_path = $1", str(mount))[0]["id"]
+        self.first: UUID = execute(server.database_url, "select id from volumes where mount_path = $1", str(server.volume))[0]["id"]
+
+    def files(self) -> set[str]:
+        """The SHA-256 of every stored file's bytes."""
+        return digests(self.mount)
+
+
+def digests(mount: Path) -> set[str]:
+    return {hashlib.sha256(path.read_bytes()).hexdigest() for path in (mount / "users").glob("*/*/*") if path.is_file()}
+
+
+@pytest.fixture
+def second(server: RunningServer, tool: Tool, tmp_path: Path) -> Second:
+    (tmp_path / "second").mkdir()
+    assert tool("volume", "init", str(tmp_path / "second")).code == Exit.OK
+    with server.client() as client:  # `rebalance` waits some seconds instead
+        until(lambda: len(client.get("/health/ready").json()["volumes"]) == 2)
+    execute(server.database_url, "update volumes set created_at = created_at - interval '1 minute'")
+    return Second(server, tmp_path / "second")
+
+
+def place_on_first(server: RunningServer, second: Second) -> None:
+    """New users go to the emptiest volume, and here both are one disk."""
+    execute(server.database_url, "insert into user_storage (user_id, volume_id) values ('ada', $1)", second.first)
+
+
+def where(server: RunningServer, user_id: str = "ada") -> set[UUID]:
+    return {row["volume_id"] for row in execute(server.database_url, "select volume_id from user_files where user_id = $1", user_id)}
