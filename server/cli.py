@@ -393,6 +393,7 @@ def _add_files(commands: Any) -> None:
     get.add_argument("--force", action="store_true", help="replace an existing file")
     remove = _for_real(_file_command(commands, "rm", _rm, "delete files"))
     remove.add_argument("file_id", type=UUID, nargs="+")
+    remove.add_argument("--permanent", action="store_true", help="past the trash, where the server has one")
 
 
 def _upload(arguments: argparse.Namespace) -> None:
@@ -411,7 +412,9 @@ def _get(arguments: argparse.Namespace) -> None:
 
 
 def _rm(arguments: argparse.Namespace) -> None:
-    files.remove(_server(arguments), ids=[str(each) for each in arguments.file_id], for_real=arguments.for_real)
+    files.remove(
+        _server(arguments), ids=[str(each) for each in arguments.file_id], permanently=arguments.permanent, for_real=arguments.for_real
+    )
 
 
 def _server(arguments: argparse.Namespace) -> files.Server:

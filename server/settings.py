@@ -106,6 +106,13 @@ class Settings:
     leftover_age_seconds: int = setting(
         86_400, "Age at which a file in incoming/ that no upload claims is removed.", read=values.whole, at_least=60
     )
+    trash_days: int = setting(
+        0,
+        "How long a deleted file stays in its user's trash before `coffer purge` deletes it for good; 0 deletes at once.",
+        read=values.whole,
+        at_least=0,
+        at_most=3_650,
+    )
     metrics_directory: str = setting(
         "", "Directory of Prometheus' textfile collector, for the metrics of the tools, such as `coffer audit`. Empty: they leave none."
     )

@@ -21,6 +21,73 @@ CREATE FUNCTION public.actor_of_v1(p_actor jsonb) RETURNS TABLE(actor_kind text,
 select p_actor ->> 'kind', p_actor ->> 'id', p_actor ->> 'user_id', (p_actor ->> 'address')::inet, p_actor ->> 'request_id'
 $$;
 
+CREATE TABLE public.user_storage (
+    user_id character varying(255) NOT NULL,
+    tier text DEFAULT 'standard'::text NOT NULL,
+    max_bytes bigint DEFAULT '10737418240'::bigint,
+    total_bytes bigint DEFAULT 0 NOT NULL,
+    reserved_bytes bigint DEFAULT 0 NOT NULL,
+    file_count bigint DEFAULT 0 NOT NULL,
+    credit_xid xid8,
+    credit_bytes bigint DEFAULT 0 NOT NULL,
+    volume_id uuid,
+    erasing_at timestamp with time zone,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    updated_at timestamp with time zone DEFAULT now() NOT NULL,
+    link_epoch integer DEFAULT 0 NOT NULL,
+    preview_bytes bigint DEFAULT 0 NOT NULL,
+    moving_since timestamp with time zone,
+    held_at timestamp with time zone,
+    hold_reason text,
+    CONSTRAINT user_storage_credit_bytes_not_negative CHECK ((credit_bytes >= 0)),
+    CONSTRAINT user_storage_file_count_not_negative CHECK ((file_count >= 0)),
+    CONSTRAINT user_storage_hold_has_reason CHECK (((held_at IS NULL) = (hold_reason IS NULL))),
+    CONSTRAINT user_storage_link_epoch_not_negative CHECK ((link_epoch >= 0)),
+    CONSTRAINT user_storage_max_bytes_not_negative CHECK ((max_bytes >= 0)),
+    CONSTRAINT user_storage_preview_bytes_not_negative CHECK ((preview_bytes >= 0)),
+    CONSTRAINT user_storage_reserved_bytes_not_negative CHECK ((reserved_bytes >= 0)),
+    CONSTRAINT user_storage_total_bytes_not_negative CHECK ((total_bytes >= 0)),
+    CONSTRAINT user_storage_user_id_printable CHECK (((user_id)::text ~ '^[^\x01-\x1f\x7f]+$'::text))
+)
+WITH (fillfactor='70');
+
+CREATE FUNCTION public.begin_erasing_v1(p_user_id text, p_actor jsonb, p_unseen_days integer, p_default_max_bytes bigint, p_any_quota boolean) RETURNS SETOF public.user_storage
+    LANGUAGE plpgsql
+    SET search_path TO 'public', 'pg_temp'
+    AS $$
+-- Marks a user as being erased, and records once what there was to erase: files, bytes, and the SHA-256 of the files' SHA-256 in the order of
+-- their ids, of which a certificate is made. With `p_unseen_days`, only a user who has stored nothing and whose row nobody has changed for so
+-- long; and who has the default quota and tier, unless any quota will do. Returns nothing when there is no such user.
+-- A function, because what is summed must be what is there once the mark keeps everything new out: a statement after the one that locks.
+-- Locks: the user's row. Cost: reads every row of the user; a second for a million files.
+declare
+    marked user_storage;
+    found_files bigint;
+    found_bytes bigint;
+    found_digest text;
+begin
+    update user_storage u set erasing_at = now(), updated_at = clock_timestamp()
+     where u.user_id = p_user_id and u.erasing_at is null
+       and (p_unseen_days is null
+            or (u.file_count = 0 and u.reserved_bytes = 0 and u.held_at is null and u.updated_at < now() - make_interval(days => p_unseen_days)
+                and (p_any_quota or (u.max_bytes is not distinct from p_default_max_bytes and u.tier = 'standard'))))
+    returning * into marked;
+    if found then
+        select count(*), coalesce(sum(f.file_size), 0)::bigint,
+               encode(sha256(coalesce(string_agg(f.sha256, ''::bytea order by f.id), ''::bytea)), 'hex')
+          into found_files, found_bytes, found_digest
+          from user_files f where f.user_id = p_user_id;
+        insert into audit_log (action, user_id, file_id, detail, actor_kind, actor_id, acting_user_id, address, request_id)
+        select 'user.erasing', p_user_id, null,
+               jsonb_build_object('file_count', found_files, 'total_bytes', found_bytes, 'sha256_of_digests', found_digest), a.*
+          from actor_of_v1(p_actor) a;
+        return next marked;
+    elsif p_unseen_days is null then
+        return query select * from user_storage u where u.user_id = p_user_id and u.erasing_at is not null;
+    end if;
+end
+$$;
+
 CREATE FUNCTION public.charge_previews_v1(p_user_id character varying, p_bytes bigint) RETURNS void
     LANGUAGE sql
     SET search_path TO 'public', 'pg_temp'
@@ -249,6 +316,37 @@ begin
 end
 $$;
 
+CREATE FUNCTION public.delete_files_v3(p_user_id text, p_ids uuid[], p_actor jsonb, p_why jsonb) RETURNS TABLE(file_id uuid, tombstone_id bigint, volume_id uuid, file_path text)
+    LANGUAGE plpgsql
+    SET search_path TO 'public', 'pg_temp'
+    AS $$
+-- As delete_files_v2; the records tell `p_why` too, an object. Who calls it for some files of a condition locks those first, in the order
+-- of their ids, and so has them looked at once more.
+#variable_conflict use_column
+declare
+    deleted_ids uuid[];
+    deleted_generations integer[];
+begin
+    with locked as materialized (
+        select f.id from user_files f where f.user_id = p_user_id and f.id = any (p_ids) order by f.id for update
+    ), gone as (
+        delete from user_files f using locked l where f.id = l.id returning f.id, f.generation, f.file_type, f.file_size
+    ), noted as (
+        insert into events (user_id, type, file_id, payload)
+        select p_user_id, 'file.deleted', g.id, jsonb_build_object('file_type', g.file_type, 'file_size', g.file_size) from gone g
+    ), recorded as (
+        insert into audit_log (action, user_id, file_id, detail, actor_kind, actor_id, acting_user_id, address, request_id)
+        select 'file.deleted', p_user_id, g.id, jsonb_build_object('file_type', g.file_type, 'file_size', g.file_size) || p_why, a.*
+          from gone g, actor_of_v1(p_actor) a
+    )
+    select array_agg(g.id), array_agg(g.generation) into deleted_ids, deleted_generations from gone g;
+    return query
+        select t.file_id, t.id, t.volume_id, t.file_path
+          from unnest(deleted_ids, deleted_generations) g (id, generation)
+          join tombstones t on t.file_id = g.id and t.generation = g.generation;
+end
+$$;
+
 CREATE FUNCTION public.enqueue_previews_v1() RETURNS trigger
     LANGUAGE plpgsql
     SET search_path TO 'public', 'pg_temp'
@@ -342,6 +440,96 @@ begin
     raise exception '% of audit_log is refused', tg_op
         using errcode = 'CF006', hint = 'Records leave by age alone, oldest first: see COFFER_AUDIT_LOG_DAYS.';
 end
+$$;
+
+CREATE TABLE public.lifecycle_rules (
+    id bigint NOT NULL,
+    action text NOT NULL,
+    after_days integer NOT NULL,
+    user_id character varying(255),
+    file_type text,
+    mime_type character varying(127),
+    tag character varying(255),
+    package_name character varying(255),
+    metadata jsonb,
+    includes_favorites boolean DEFAULT false NOT NULL,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    CONSTRAINT lifecycle_rules_action_known CHECK ((action = ANY (ARRAY['delete'::text, 'trash'::text]))),
+    CONSTRAINT lifecycle_rules_after_days_positive CHECK ((after_days > 0)),
+    CONSTRAINT lifecycle_rules_file_type_known CHECK ((file_type = ANY (ARRAY['video'::text, 'image'::text, 'scene'::text, 'project'::text, 'audio'::text]))),
+    CONSTRAINT lifecycle_rules_metadata_is_object CHECK ((jsonb_typeof(metadata) = 'object'::text))
+);
+
+CREATE TABLE public.user_files (
+    id uuid NOT NULL,
+    user_id character varying(255) NOT NULL,
+    file_name character varying(500) NOT NULL,
+    file_type text NOT NULL,
+    mime_type character varying(127) NOT NULL,
+    file_size bigint NOT NULL,
+    sha256 bytea NOT NULL,
+    volume_id uuid NOT NULL,
+    file_path text NOT NULL,
+    generation integer DEFAULT 1 NOT NULL,
+    thumbnail_path text,
+    resolution text,
+    width integer,
+    height integer,
+    duration text,
+    duration_seconds double precision,
+    package_name character varying(255),
+    tags text[] DEFAULT '{}'::text[] NOT NULL,
+    is_favorite boolean DEFAULT false NOT NULL,
+    metadata jsonb DEFAULT '{}'::jsonb NOT NULL,
+    idempotency_key character varying(255),
+    upload_date timestamp with time zone DEFAULT now() NOT NULL,
+    content_changed_at timestamp with time zone DEFAULT now() NOT NULL,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    updated_at timestamp with time zone DEFAULT now() NOT NULL,
+    name_key text GENERATED ALWAYS AS ("left"(lower((file_name)::text), 100)) STORED NOT NULL COLLATE pg_catalog."C",
+    public_id text,
+    preview_state text,
+    preview_reason text,
+    preview_tries smallint DEFAULT 0 NOT NULL,
+    thumbhash bytea,
+    average_color text,
+    frame_rate double precision,
+    video_codec text,
+    audio_codec text,
+    damaged_at timestamp with time zone,
+    deleted_at timestamp with time zone,
+    restored_at timestamp with time zone,
+    CONSTRAINT user_files_average_color_hexadecimal CHECK ((average_color ~ '^#[0-9a-f]{6}$'::text)),
+    CONSTRAINT user_files_duration_seconds_not_negative CHECK ((duration_seconds >= (0)::double precision)),
+    CONSTRAINT user_files_file_name_not_empty CHECK (((file_name)::text <> ''::text)),
+    CONSTRAINT user_files_file_size_not_negative CHECK ((file_size >= 0)),
+    CONSTRAINT user_files_file_type_known CHECK ((file_type = ANY (ARRAY['video'::text, 'image'::text, 'scene'::text, 'project'::text, 'audio'::text]))),
+    CONSTRAINT user_files_frame_rate_positive CHECK ((frame_rate > (0)::double precision)),
+    CONSTRAINT user_files_generation_positive CHECK ((generation > 0)),
+    CONSTRAINT user_files_height_positive CHECK ((height > 0)),
+    CONSTRAINT user_files_metadata_is_object CHECK ((jsonb_typeof(metadata) = 'object'::text)),
+    CONSTRAINT user_files_mime_type_plain CHECK (((mime_type)::text ~ '^[a-z0-9.+-]+/[a-z0-9.+_-]+$'::text)),
+    CONSTRAINT user_files_path_names_the_row CHECK ((POSITION(((((('/'::text || id) || '.'::text) || generation) || '.'::text)) IN (file_path)) > 0)),
+    CONSTRAINT user_files_preview_state_known CHECK ((preview_state = ANY (ARRAY['pending'::text, 'ready'::text, 'failed'::text, 'unsupported'::text]))),
+    CONSTRAINT user_files_public_id_is_random CHECK ((public_id ~ '^[A-Za-z0-9_-]{22}$'::text)),
+    CONSTRAINT user_files_sha256_is_32_bytes CHECK ((octet_length(sha256) = 32)),
+    CONSTRAINT user_files_thumbhash_small CHECK ((octet_length(thumbhash) <= 64)),
+    CONSTRAINT user_files_width_positive CHECK ((width > 0))
+);
+
+CREATE FUNCTION public.lifecycle_applies_v1(p_rule public.lifecycle_rules, p_file public.user_files) RETURNS boolean
+    LANGUAGE sql STABLE
+    AS $$
+-- Whether a rule is about a file by now. The age is that of its bytes: whoever replaces them, or takes them out of the trash, begins anew.
+select greatest(p_file.content_changed_at, p_file.restored_at) < now() - make_interval(days => p_rule.after_days)
+       and (p_rule.action = 'delete' or p_file.deleted_at is null)
+       and (p_rule.includes_favorites or not p_file.is_favorite)
+       and (p_rule.user_id is null or p_file.user_id = p_rule.user_id)
+       and (p_rule.file_type is null or p_file.file_type = p_rule.file_type)
+       and (p_rule.mime_type is null or p_file.mime_type = p_rule.mime_type)
+       and (p_rule.tag is null or p_rule.tag = any (p_file.tags))
+       and (p_rule.package_name is null or p_file.package_name = p_rule.package_name)
+       and (p_rule.metadata is null or p_file.metadata @> p_rule.metadata)
 $$;
 
 CREATE FUNCTION public.limit_uploads_v1(p_user_id text, p_most_uploads integer, p_most_links integer) RETURNS void
@@ -497,6 +685,64 @@ begin
 end
 $$;
 
+CREATE FUNCTION public.refuse_held_change_v1() RETURNS trigger
+    LANGUAGE plpgsql
+    SET search_path TO 'public', 'pg_temp'
+    AS $$
+-- Invariant: while a user is held, their files keep their bytes and their owner, and stay out of the trash.
+-- Fires: before each row of an UPDATE of user_files that would change that, by its WHEN clause.
+-- Locks: the user's row, FOR KEY SHARE: who sets a hold locks it FOR UPDATE, and waits for us, or we see it. Nobody who counts waits for
+--   that lock, nor does it wait for them, so the order of the rows does not matter.
+-- Cost: the WHEN clause, under a microsecond; one index probe where it holds.
+-- Why not Python: see refuse_held_delete_v1.
+declare
+    held timestamptz;
+begin
+    select u.held_at into held from user_storage u where u.user_id = old.user_id for key share;
+    if held is not null then
+        raise exception 'a legal hold keeps this file'
+            using errcode = 'CF010', hint = 'Nothing was changed. `coffer user release` ends the hold.';
+    end if;
+    return new;
+end
+$$;
+
+CREATE FUNCTION public.refuse_held_delete_v1() RETURNS trigger
+    LANGUAGE plpgsql
+    SET search_path TO 'public', 'pg_temp'
+    AS $$
+-- Invariant: while a user is held, no file of theirs goes, by whatever way.
+-- Fires: after each DELETE from user_files, once per statement, after the quota trigger (triggers fire by name).
+-- Locks: none. The quota trigger holds the users' rows: who sets a hold waits for us, or we see it. A user whose row is being deleted is
+--   none any more, and was not held (refuse_held_erasing_v1).
+-- Cost: one index probe per user.
+-- Why not Python: a sysadmin's DELETE and a forgotten way in do not pass through it.
+begin
+    if exists (select from user_storage u where u.user_id in (select o.user_id from old_rows o) and u.held_at is not null) then
+        raise exception 'a legal hold keeps these files'
+            using errcode = 'CF010', hint = 'Nothing was deleted. `coffer user release` ends the hold.';
+    end if;
+    return null;
+end
+$$;
+
+CREATE FUNCTION public.refuse_held_erasing_v1() RETURNS trigger
+    LANGUAGE plpgsql
+    SET search_path TO 'public', 'pg_temp'
+    AS $$
+-- Invariant: no user is held and being erased. What came first stands.
+-- Fires: before a user's row goes that is held, and before an UPDATE after which both would be so. Locks: none but the row's own.
+-- Cost: the WHEN clauses, under a microsecond. Why not Python: see refuse_held_delete_v1.
+begin
+    if tg_op = 'UPDATE' and old.held_at is null then
+        raise exception 'user % is being erased', old.user_id
+            using errcode = 'CF003', hint = 'A hold comes too late: the user''s files are going, or gone.';
+    end if;
+    raise exception 'a legal hold keeps user %', old.user_id
+        using errcode = 'CF010', hint = 'Nothing was erased. `coffer user release` ends the hold.';
+end
+$$;
+
 CREATE FUNCTION public.refuse_truncate_v1() RETURNS trigger
     LANGUAGE plpgsql
     AS $$
@@ -538,6 +784,54 @@ CREATE FUNCTION public.search_key_v1(p_search text) RETURNS text
 -- What the suffixes of matching names begin with.
 select left(array_to_string(array_remove(
     regexp_split_to_array(lower(p_search), '[\x01-\x2f\x3a-\x40\x5b-\x60\x7b-\x7f\u3000]+'), ''), ' '), 64)
+$$;
+
+CREATE FUNCTION public.trash_files_v1(p_user_id text, p_volume_id uuid, p_ids uuid[], p_generations integer[], p_new_generations integer[], p_new_paths text[], p_rule bigint, p_actor jsonb) RETURNS TABLE(file_id uuid, tombstone_id bigint, volume_id uuid, file_path text)
+    LANGUAGE plpgsql
+    SET search_path TO 'public', 'pg_temp'
+    AS $$
+-- Moves those of the user's files on a volume to the trash that still have the generation in the same place, to the names in the same place,
+-- under which their bytes lie there already; with `p_rule`, those that this rule is about. Appends an event and a record for each. Returns each with
+-- the tombstone of its old name, which is null where the name stayed, because there were no bytes to be named.
+-- A function, because the rows that a trigger inserts are invisible to the statement that fired it. Locks: as delete_files_v3.
+-- Links end with the name, the public URL and the idempotency key here: none of them comes back when the file does.
+#variable_conflict use_column
+declare
+    moved_ids uuid[];
+    moved_generations integer[];
+begin
+    with wanted as materialized (
+        select w.* from unnest(p_ids, p_generations, p_new_generations, p_new_paths) w (id, generation, new_generation, new_path)
+    ), locked as materialized (
+        -- Not a join with what is wanted: it would read all files in the order of their ids rather than sort some.
+        select f.id from user_files f
+         where f.id = any (p_ids) and f.generation = p_generations[array_position(p_ids, f.id)]
+           and f.user_id = p_user_id and f.volume_id = p_volume_id and f.deleted_at is null
+           and (p_rule is null or exists (select from lifecycle_rules r where r.id = p_rule and lifecycle_applies_v1(r, f)))
+         order by f.id for update of f
+    ), moved as (
+        update user_files f
+           set deleted_at = now(), generation = w.new_generation, file_path = w.new_path, public_id = null, idempotency_key = null,
+               updated_at = clock_timestamp()
+          from locked l join wanted w on w.id = l.id
+         where f.id = l.id
+        returning f.id, w.generation, f.file_type, f.file_size
+    ), noted as (
+        insert into events (user_id, type, file_id, payload)
+        select p_user_id, 'file.trashed', m.id, jsonb_build_object('file_type', m.file_type, 'file_size', m.file_size) from moved m
+    ), recorded as (
+        insert into audit_log (action, user_id, file_id, detail, actor_kind, actor_id, acting_user_id, address, request_id)
+        select 'file.trashed', p_user_id, m.id,
+               jsonb_build_object('file_type', m.file_type, 'file_size', m.file_size)
+               || case when p_rule is null then '{}'::jsonb else jsonb_build_object('rule', p_rule) end, a.*
+          from moved m, actor_of_v1(p_actor) a
+    )
+    select array_agg(m.id), array_agg(m.generation) into moved_ids, moved_generations from moved m;
+    return query
+        select g.id, t.id, t.volume_id, t.file_path
+          from unnest(moved_ids, moved_generations) g (id, generation)
+          left join tombstones t on t.file_id = g.id and t.generation = g.generation;
+end
 $$;
 
 CREATE FUNCTION public.uploads_deleted_v1() RETURNS trigger
@@ -870,6 +1164,15 @@ ALTER TABLE public.events ALTER COLUMN id ADD GENERATED ALWAYS AS IDENTITY (
     CACHE 1
 );
 
+ALTER TABLE public.lifecycle_rules ALTER COLUMN id ADD GENERATED ALWAYS AS IDENTITY (
+    SEQUENCE NAME public.lifecycle_rules_id_seq
+    START WITH 1
+    INCREMENT BY 1
+    NO MINVALUE
+    NO MAXVALUE
+    CACHE 1
+);
+
 CREATE TABLE public.pgqueuer (
     id bigint NOT NULL,
     priority integer NOT NULL,
@@ -1075,88 +1378,6 @@ CREATE TABLE public.user_file_words (
     file_id uuid NOT NULL
 );
 
-CREATE TABLE public.user_files (
-    id uuid NOT NULL,
-    user_id character varying(255) NOT NULL,
-    file_name character varying(500) NOT NULL,
-    file_type text NOT NULL,
-    mime_type character varying(127) NOT NULL,
-    file_size bigint NOT NULL,
-    sha256 bytea NOT NULL,
-    volume_id uuid NOT NULL,
-    file_path text NOT NULL,
-    generation integer DEFAULT 1 NOT NULL,
-    thumbnail_path text,
-    resolution text,
-    width integer,
-    height integer,
-    duration text,
-    duration_seconds double precision,
-    package_name character varying(255),
-    tags text[] DEFAULT '{}'::text[] NOT NULL,
-    is_favorite boolean DEFAULT false NOT NULL,
-    metadata jsonb DEFAULT '{}'::jsonb NOT NULL,
-    idempotency_key character varying(255),
-    upload_date timestamp with time zone DEFAULT now() NOT NULL,
-    content_changed_at timestamp with time zone DEFAULT now() NOT NULL,
-    created_at timestamp with time zone DEFAULT now() NOT NULL,
-    updated_at timestamp with time zone DEFAULT now() NOT NULL,
-    name_key text GENERATED ALWAYS AS ("left"(lower((file_name)::text), 100)) STORED NOT NULL COLLATE pg_catalog."C",
-    public_id text,
-    preview_state text,
-    preview_reason text,
-    preview_tries smallint DEFAULT 0 NOT NULL,
-    thumbhash bytea,
-    average_color text,
-    frame_rate double precision,
-    video_codec text,
-    audio_codec text,
-    damaged_at timestamp with time zone,
-    CONSTRAINT user_files_average_color_hexadecimal CHECK ((average_color ~ '^#[0-9a-f]{6}$'::text)),
-    CONSTRAINT user_files_duration_seconds_not_negative CHECK ((duration_seconds >= (0)::double precision)),
-    CONSTRAINT user_files_file_name_not_empty CHECK (((file_name)::text <> ''::text)),
-    CONSTRAINT user_files_file_size_not_negative CHECK ((file_size >= 0)),
-    CONSTRAINT user_files_file_type_known CHECK ((file_type = ANY (ARRAY['video'::text, 'image'::text, 'scene'::text, 'project'::text, 'audio'::text]))),
-    CONSTRAINT user_files_frame_rate_positive CHECK ((frame_rate > (0)::double precision)),
-    CONSTRAINT user_files_generation_positive CHECK ((generation > 0)),
-    CONSTRAINT user_files_height_positive CHECK ((height > 0)),
-    CONSTRAINT user_files_metadata_is_object CHECK ((jsonb_typeof(metadata) = 'object'::text)),
-    CONSTRAINT user_files_mime_type_plain CHECK (((mime_type)::text ~ '^[a-z0-9.+-]+/[a-z0-9.+_-]+$'::text)),
-    CONSTRAINT user_files_path_names_the_row CHECK ((POSITION(((((('/'::text || id) || '.'::text) || generation) || '.'::text)) IN (file_path)) > 0)),
-    CONSTRAINT user_files_preview_state_known CHECK ((preview_state = ANY (ARRAY['pending'::text, 'ready'::text, 'failed'::text, 'unsupported'::text]))),
-    CONSTRAINT user_files_public_id_is_random CHECK ((public_id ~ '^[A-Za-z0-9_-]{22}$'::text)),
-    CONSTRAINT user_files_sha256_is_32_bytes CHECK ((octet_length(sha256) = 32)),
-    CONSTRAINT user_files_thumbhash_small CHECK ((octet_length(thumbhash) <= 64)),
-    CONSTRAINT user_files_width_positive CHECK ((width > 0))
-);
-
-CREATE TABLE public.user_storage (
-    user_id character varying(255) NOT NULL,
-    tier text DEFAULT 'standard'::text NOT NULL,
-    max_bytes bigint DEFAULT '10737418240'::bigint,
-    total_bytes bigint DEFAULT 0 NOT NULL,
-    reserved_bytes bigint DEFAULT 0 NOT NULL,
-    file_count bigint DEFAULT 0 NOT NULL,
-    credit_xid xid8,
-    credit_bytes bigint DEFAULT 0 NOT NULL,
-    volume_id uuid,
-    erasing_at timestamp with time zone,
-    created_at timestamp with time zone DEFAULT now() NOT NULL,
-    updated_at timestamp with time zone DEFAULT now() NOT NULL,
-    link_epoch integer DEFAULT 0 NOT NULL,
-    preview_bytes bigint DEFAULT 0 NOT NULL,
-    moving_since timestamp with time zone,
-    CONSTRAINT user_storage_credit_bytes_not_negative CHECK ((credit_bytes >= 0)),
-    CONSTRAINT user_storage_file_count_not_negative CHECK ((file_count >= 0)),
-    CONSTRAINT user_storage_link_epoch_not_negative CHECK ((link_epoch >= 0)),
-    CONSTRAINT user_storage_max_bytes_not_negative CHECK ((max_bytes >= 0)),
-    CONSTRAINT user_storage_preview_bytes_not_negative CHECK ((preview_bytes >= 0)),
-    CONSTRAINT user_storage_reserved_bytes_not_negative CHECK ((reserved_bytes >= 0)),
-    CONSTRAINT user_storage_total_bytes_not_negative CHECK ((total_bytes >= 0)),
-    CONSTRAINT user_storage_user_id_printable CHECK (((user_id)::text ~ '^[^\x01-\x1f\x7f]+$'::text))
-)
-WITH (fillfactor='70');
-
 CREATE TABLE public.user_storage_by_type (
     user_id character varying(255) NOT NULL,
     file_type text NOT NULL,
@@ -1206,6 +1427,9 @@ ALTER TABLE ONLY public.counter_corrections
 
 ALTER TABLE ONLY public.events
     ADD CONSTRAINT events_pkey PRIMARY KEY (id);
+
+ALTER TABLE ONLY public.lifecycle_rules
+    ADD CONSTRAINT lifecycle_rules_pkey PRIMARY KEY (id);
 
 ALTER TABLE ONLY public.pgqueuer_log
     ADD CONSTRAINT pgqueuer_log_pkey PRIMARY KEY (id);
@@ -1366,6 +1590,10 @@ CREATE UNIQUE INDEX user_files_public_id ON public.user_files USING btree (publi
 
 CREATE INDEX user_files_size ON public.user_files USING btree (user_id, file_size, id);
 
+CREATE INDEX user_files_trash ON public.user_files USING btree (user_id, deleted_at, id) WHERE (deleted_at IS NOT NULL);
+
+CREATE INDEX user_files_trash_age ON public.user_files USING btree (deleted_at, id) WHERE (deleted_at IS NOT NULL);
+
 CREATE INDEX user_files_type_created ON public.user_files USING btree ((((((file_type || ':'::text) || (mime_type)::text) || ':'::text) || (user_id)::text)), upload_date, id);
 
 CREATE INDEX user_files_type_name ON public.user_files USING btree ((((((file_type || ':'::text) || (mime_type)::text) || ':'::text) || (user_id)::text)), name_key, id);
@@ -1415,6 +1643,14 @@ CREATE TRIGGER refuse_counter_change BEFORE UPDATE ON public.user_storage FOR EA
 CREATE TRIGGER refuse_counter_change BEFORE INSERT OR DELETE OR UPDATE ON public.user_storage_by_type FOR EACH ROW WHEN ((pg_trigger_depth() = 0)) EXECUTE FUNCTION public.refuse_counter_change_v1();
 
 CREATE TRIGGER refuse_counter_insert BEFORE INSERT ON public.user_storage FOR EACH ROW WHEN (((new.total_bytes <> 0) OR (new.reserved_bytes <> 0) OR (new.file_count <> 0) OR (new.credit_bytes <> 0))) EXECUTE FUNCTION public.refuse_counter_change_v1();
+
+CREATE TRIGGER refuse_held AFTER DELETE ON public.user_files REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.refuse_held_delete_v1();
+
+CREATE TRIGGER refuse_held_change BEFORE UPDATE ON public.user_files FOR EACH ROW WHEN (((old.sha256 <> new.sha256) OR ((old.user_id)::text <> (new.user_id)::text) OR ((old.deleted_at IS NULL) AND (new.deleted_at IS NOT NULL)))) EXECUTE FUNCTION public.refuse_held_change_v1();
+
+CREATE TRIGGER refuse_held_delete BEFORE DELETE ON public.user_storage FOR EACH ROW WHEN ((old.held_at IS NOT NULL)) EXECUTE FUNCTION public.refuse_held_erasing_v1();
+
+CREATE TRIGGER refuse_held_erasing BEFORE UPDATE ON public.user_storage FOR EACH ROW WHEN (((new.held_at IS NOT NULL) AND (new.erasing_at IS NOT NULL) AND ((old.held_at IS NULL) OR (old.erasing_at IS NULL)))) EXECUTE FUNCTION public.refuse_held_erasing_v1();
 
 CREATE TRIGGER refuse_preview_bytes_change BEFORE UPDATE ON public.user_storage FOR EACH ROW WHEN (((pg_trigger_depth() = 0) AND (old.preview_bytes <> new.preview_bytes))) EXECUTE FUNCTION public.refuse_counter_change_v1();
 

@@ -6,7 +6,7 @@ from litestar import Litestar, Request
 from litestar.datastructures import State
 from litestar.exceptions import HTTPException, ValidationException
 
-from server.api import files, health, links, openapi, storage, trail, users
+from server.api import files, health, links, openapi, storage, trail, trash, users
 from server.api.door import services_of
 from server.api.front import ASGIApp
 from server.api.problems import COMMON_HEADERS, HttpRefusal
@@ -19,7 +19,15 @@ LARGEST_JSON_BYTES = 2**20  # the longest honest body, names and metadata writte
 
 def build(services: Services) -> ASGIApp:
     """The application over these services. It needs no start-up of its own."""
-    described: list[openapi.Handler] = [files.router, links.router, storage.router, users.router, trail.router, *health.handlers]
+    described: list[openapi.Handler] = [
+        files.router,
+        trash.router,
+        links.router,
+        storage.router,
+        users.router,
+        trail.router,
+        *health.handlers,
+    ]
     describing = openapi.handlers(described) if services.settings.schema_documentation else []
     app = Litestar(
         route_handlers=[*described, *describing],
@@ -59,7 +67,7 @@ def _invalid(request: Request[Any, Any, Any], error: ValidationException) -> Inv
             return InvalidRequest("body", "is empty; send a JSON object")
         case "limit":
             return bad_limit(services_of(request))
-        case "favorite" | "links" as name:
+        case "favorite" | "links" | "permanent" as name:
             return InvalidRequest(name, "must be true or false")
         case "sort":
             return InvalidRequest("sort", f"must be one of {', '.join(get_args(files.Sort))}")

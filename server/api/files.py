@@ -104,9 +104,10 @@ class TagsChange(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class FileIds(msgspec.Struct, forbid_unknown_fields=True):
-    """Ids as text: one that is malformed names no file, and costs the others nothing."""
+    """Ids as text: one that is malformed names no file, and costs the others nothing. `permanent` goes past the trash."""
 
     ids: Annotated[list[Annotated[str, Meta(max_length=64)]], Meta(min_length=1, max_length=MOST_DELETED_AT_ONCE)]
+    permanent: bool = False
 
 
 class DeleteResult(msgspec.Struct):
@@ -278,23 +279,27 @@ async def change_file(request: Http, file_id: UUID, data: FileChanges) -> FileAn
     return file_json(file)
 
 
-@delete("/{file_id:uuid}", guards=[needs(Scope.FILES_WRITE)])
-async def delete_file(request: Http, file_id: UUID) -> None:
-    """Deletes a file. Its quota is free when this is answered."""
+@delete("/{file_id:uuid}", guards=[needs(Scope.FILES_WRITE)], before_request=known_query_only)
+async def delete_file(
+    request: Http,
+    file_id: UUID,
+    permanent: Annotated[bool, Parameter(description="Past the trash, where there is one.")] = False,
+) -> None:
+    """Deletes a file: to the trash where the server has one, and there it still counts; else its quota is free when this is answered."""
     await _check_if_match(request, file_id)
-    if not await services_of(request).intake.delete(principal_of(request).owner, [file_id]):
+    if not await services_of(request).intake.delete(principal_of(request).owner, [file_id], permanently=permanent):
         raise NotFound
 
 
 @post("/delete", guards=[needs(Scope.FILES_WRITE)], status_code=200)
 async def delete_files(request: Http, data: FileIds) -> DeleteResults:
-    """Deletes up to 1,000 files, with an answer for each."""
+    """Deletes up to 1,000 files, as one, with an answer for each."""
     ids = {text: file_id for text in data.ids if (file_id := id_of(text)) is not None}
     services, principal = services_of(request), principal_of(request)
     wanted = list(dict.fromkeys(ids.values()))
     if principal.kinds is not None:
         wanted = await ledger.ids_of_kinds(services.db, principal.owner, wanted, principal.kinds)
-    deleted = await services.intake.delete(principal.owner, wanted)
+    deleted = await services.intake.delete(principal.owner, wanted, permanently=data.permanent)
     return DeleteResults([DeleteResult(each, "deleted" if ids.get(each) in deleted else "not_found") for each in data.ids])
 
 

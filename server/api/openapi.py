@@ -23,7 +23,13 @@ Json = dict[str, Any]
 Handler = HTTPRouteHandler | Router
 
 _METHODS = ("get", "head", "post", "put", "patch", "delete")
-_ACTS_FOR_A_USER = ("/api/files", "/api/links", "/api/storage", "/api/uploads")
+_ACTS_FOR_A_USER = (
+    "/api/files",
+    "/api/links",
+    "/api/storage",
+    "/api/trash",
+    "/api/uploads",
+)
 _OPEN = ("/health", "/f/", "/p/", "/u/")
 # Request bodies that refuse unknown fields, which Litestar does not tell.
 _CLOSED = ("FileChanges", "FavoriteChange", "TagsChange", "FileIds", "QuotaChange", "LinkWish", "LinksWish", "PublicWish", "UploadLinkWish")

@@ -146,18 +146,22 @@ def _download(client: httpx.Client, about: dict[str, Any], file: BinaryIO) -> No
         raise CommandFailed("what arrived does not have the file's SHA-256; try again")
 
 
-def remove(server: Server, *, ids: list[str], for_real: bool) -> None:
-    """`coffer rm`. Prints the ids that were deleted; those that do not exist are told, and make the code `NOT_FOUND`."""
+def remove(server: Server, *, ids: list[str], permanently: bool, for_real: bool) -> None:
+    """`coffer rm`: to the trash where the server has one, unless `permanently`.
+
+    Prints the ids that were deleted; those that do not exist are told, and make the code `NOT_FOUND`.
+    """
     missing = 0
     with server.client() as client:
         if not for_real:
             for file_id in ids:
                 about = _request(client, "GET", f"/api/files/{file_id}").json()
                 print(f"{about['id']}  {human_bytes(about['file_size'])}  {printable(about['file_name'])}")
-            say(f"would delete {len(ids)} files for ever. Nothing was changed; repeat with --for-real")
+            say(f"would delete {len(ids)} files. Nothing was changed; repeat with --for-real")
             return
         for start in range(0, len(ids), _DELETED_AT_ONCE):
-            answer = _request(client, "POST", "/api/files/delete", json={"ids": ids[start : start + _DELETED_AT_ONCE]}).json()
+            wish = {"ids": ids[start : start + _DELETED_AT_ONCE], "permanent": permanently}
+            answer = _request(client, "POST", "/api/files/delete", json=wish).json()
             for result in answer["results"]:
                 if result["status"] == "deleted":
                     print(result["id"])

@@ -38,7 +38,7 @@ from server.intake.scanner import Scanner
 from server.intake.upload import MOST_GENERATIONS_TRIED, Details, Upload
 from server.kinds import Allowed
 from server.ledger import Database, Publisher, Waker
-from server.ledger.models import File, Tombstone, UploadLink, User
+from server.ledger.models import File, MovedToTrash, Tombstone, UploadLink, User
 from server.settings import Settings
 from server.vault import Vault, Volume
 from server.vault.layout import user_directory
@@ -48,6 +48,7 @@ _MOST_PLACEMENTS = 10_000
 _NOWHERE = (-1.0, None, datetime.min)  # noqa: DTZ901 - compared with nothing
 _COPY_BYTES = 2**20
 _ERASE_BATCH_FILES = 1_000
+_TRASH_TRIES = 3
 _BUFFER_SHARES = 4  # one user's small uploads hold at most one of so many parts of the memory for all
 
 log = logging.getLogger("coffer.intake")
@@ -412,17 +413,97 @@ class Intake:
         finally:
             os.close(fd)
 
-    async def delete(self, user_id: str, ids: list[UUID]) -> set[UUID]:
-        """Deletes the user's files among `ids` and returns which they were. Their quota is free when this returns.
+    async def delete(self, user_id: str, ids: list[UUID], *, permanently: bool = False) -> set[UUID]:
+        """Deletes the user's files among `ids` and returns which they were: to the trash where there is one, else for good.
 
-        The bytes are unlinked at once where the volume allows; otherwise the tombstones keep them for housekeeping.
+        For good, their quota is free when this returns. Raises `LegalHold`, and for the trash as `trash`.
         """
-        deleted = await ledger.delete_files(self.db, user_id, ids)
+        if self.settings.trash_days and not permanently:
+            return await self.trash(user_id, ids)
+        return await self.buried(await ledger.delete_files(self.db, user_id, ids))
+
+    async def delete_from_trash(self, user_id: str, ids: list[UUID]) -> set[UUID]:
+        """Deletes for good those of `ids` that are in the user's trash, and returns which they were. Raises `LegalHold`."""
+        return await self.buried(await ledger.delete_files(self.db, user_id, ids, from_trash=True))
+
+    async def buried(self, deleted: list[tuple[UUID, Tombstone]]) -> set[UUID]:
+        """Has the bytes of files that the ledger has deleted leave their places, at once where the volume allows; else tombstones keep
+        them for housekeeping. Returns the files.
+        """
         try:
             await self.bury([tombstone for _, tombstone in deleted])
         except CofferError as problem:
             log.warning("bytes of deleted files will go later: %s", problem)
         return {file_id for file_id, _ in deleted}
+
+    async def trash(self, user_id: str, ids: list[UUID], rule_id: int | None = None) -> set[UUID]:
+        """Moves the user's files among `ids` to the trash and returns which they were. With `rule_id`, only those the rule is about.
+
+        Their bytes get another name, that of their next generation, so that no link leads to them, neither here nor at an edge. A crash
+        leaves either name with its row, and at most another name of the same bytes without one. Raises `LegalHold`, `Conflict` when a file
+        is being replaced again and again, `VolumeReadOnly` and the like.
+        """
+        moved: set[UUID] = set()
+        for _ in range(_TRASH_TRIES):  # a file may be replaced, or its links revoked, between our look at it and the move
+            files = await ledger.get_files(self.db, user_id, [each for each in ids if each not in moved])
+            if not files:
+                return moved
+            moved |= await self._trash(user_id, list(files.values()), rule_id)
+            if rule_id is not None or files.keys() <= moved:
+                return moved
+        raise Conflict
+
+    async def _trash(self, user_id: str, files: list[File], rule_id: int | None) -> set[UUID]:
+        by_volume: dict[UUID, list[File]] = {}
+        for file in files:
+            by_volume.setdefault(file.volume_id, []).append(file)
+        moved: set[UUID] = set()
+        for volume_id, group in by_volume.items():
+            volume = self.vault.volume(volume_id)
+            volume.check_state()
+            wanted = await self._names_in_trash(volume, group)
+            try:
+                done = await ledger.trash_files(self.db, user_id, volume_id, wanted, rule_id)
+            except CommitUnknown:
+                raise  # either name may be the row's: both stay, and the audit removes the other
+            except CofferError:
+                await self._unname(volume, wanted)
+                raise
+            await self._unname(volume, [each for each in wanted if each.id not in done])
+            await self.buried([(file_id, tombstone) for file_id, tombstone in done.items() if tombstone is not None])
+            moved |= done.keys()
+        return moved
+
+    async def _names_in_trash(self, volume: Volume, files: list[File]) -> list[MovedToTrash]:
+        """Gives the files' bytes the names that they are to have in the trash. What has no bytes keeps its name."""
+        named: list[MovedToTrash] = []
+        left = files
+        for step in range(1, MOST_GENERATIONS_TRIED):
+            paths = [PurePosixPath(file.file_path) for file in left]
+            wanted = [f"{path.parent}/{file.id}.{file.generation + step}{path.suffix}" for file, path in zip(left, paths, strict=True)]
+            outcomes = await self.vault.run(
+                volume.name_all_again, [(file.file_path, new_path) for file, new_path in zip(left, wanted, strict=True)]
+            )
+            again = []
+            for file, new_path, outcome in zip(left, wanted, outcomes, strict=True):
+                match outcome:
+                    case "named":
+                        generation = file.generation + step
+                        named.append(MovedToTrash(id=file.id, old_generation=file.generation, generation=generation, file_path=new_path))
+                    case "missing":
+                        kept = file.generation
+                        named.append(MovedToTrash(id=file.id, old_generation=kept, generation=kept, file_path=file.file_path))
+                    case "exists":  # left by a crash
+                        again.append(file)
+            if not again:
+                return named
+            left = again
+        await self._unname(volume, named)
+        raise Conflict
+
+    async def _unname(self, volume: Volume, named: list[MovedToTrash]) -> None:
+        """Takes the new names away again."""
+        await self.vault.run(volume.remove_stored, [each.file_path for each in named if each.generation != each.old_generation])
 
     async def bury(self, tombstones: list[Tombstone]) -> None:
         """Removes the bytes of deleted rows. What it raises on leaves them for the next housekeeping."""

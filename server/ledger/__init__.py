@@ -34,6 +34,7 @@ from server.ledger.models import (
     FileQuery,
     KindUsage,
     LinkedPreview,
+    MovedToTrash,
     NewFile,
     PreviewFacts,
     PreviewFigure,
@@ -98,6 +99,7 @@ from server.ledger.resumable import (
 )
 from server.ledger.tombstones import drop_tombstones, pending_tombstones, tombstones_of
 from server.ledger.trail import list_trail, purge_trail, record_reads
+from server.ledger.trash import delete_old_trash, list_trash, page_of_old_trash, restore_file, trash_files
 from server.ledger.uploads import (
     claim_link,
     close_link,
@@ -144,6 +146,7 @@ __all__ = [
     "KindUsage",
     "LinkedPreview",
     "MigrationError",
+    "MovedToTrash",
     "NewFile",
     "Notices",
     "PreviewFacts",
@@ -175,6 +178,7 @@ __all__ = [
     "create_resumable_upload",
     "declare_resumable_length",
     "delete_files",
+    "delete_old_trash",
     "derive_preview_jobs",
     "drain_volume",
     "drop_tombstones",
@@ -207,6 +211,7 @@ __all__ = [
     "list_files",
     "list_resumable_bytes",
     "list_trail",
+    "list_trash",
     "list_users",
     "list_volumes",
     "live_uploads",
@@ -215,6 +220,7 @@ __all__ = [
     "note_api_keys_used",
     "notify_variant",
     "open_reservation",
+    "page_of_old_trash",
     "pending",
     "pending_tombstones",
     "preview_figures",
@@ -235,6 +241,7 @@ __all__ = [
     "replace_content",
     "request_variant",
     "resize_reservation",
+    "restore_file",
     "retire_volume",
     "retry_failed_previews",
     "revoke_api_key",
@@ -248,6 +255,7 @@ __all__ = [
     "time_to_look",
     "tombstones_of",
     "touch_preview",
+    "trash_files",
     "unclaim_link",
     "uncount_preview_try",
     "update_file",

@@ -115,6 +115,7 @@ def published(new: NewFile, date: datetime) -> File:
         created_at=date,
         updated_at=date,
         damaged_at=None,
+        deleted_at=None,
     )
 
 
@@ -231,16 +232,17 @@ async def ids_of_kinds(db: Database, user_id: str, ids: Sequence[UUID], kinds: C
     return [row["id"] for row in await db.read(_IDS_OF_KINDS, user_id, list(ids), list(kinds))]
 
 
-async def delete_files(db: Database, user_id: str, ids: Sequence[UUID]) -> list[tuple[UUID, Tombstone]]:
-    """Deletes those of `ids` that are the user's, gives their quota back and returns what is left to unlink.
+async def delete_files(db: Database, user_id: str, ids: Sequence[UUID], *, from_trash: bool = False) -> list[tuple[UUID, Tombstone]]:
+    """Deletes those of `ids` that are the user's, gives their quota back and returns what is left to unlink. Of files in the trash, with
+    `from_trash`, and else of the others.
 
-    Ids that are not returned were not found. A crash before the unlink leaves the tombstone to housekeeping.
+    Ids that are not returned were not found. A crash before the unlink leaves the tombstone to housekeeping. Raises `LegalHold`.
     """
-    return tombstones_of(await db.write(_DELETE, user_id, list(ids), actor_json(), patience=LONG_PATIENCE_SECONDS))
+    return tombstones_of(await db.write(_DELETE, user_id, list(ids), from_trash, actor_json(), patience=LONG_PATIENCE_SECONDS))
 
 
 def tombstones_of(rows: list[Row]) -> list[tuple[UUID, Tombstone]]:
-    """File ids and tombstones, as `delete_files_v1` returns them."""
+    """File ids and tombstones, as `delete_files_v3` returns them."""
     return [(row["file_id"], Tombstone(id=row["tombstone_id"], volume_id=row["volume_id"], file_path=row["file_path"])) for row in rows]
 
 

@@ -16,7 +16,7 @@ class File(msgspec.Struct, frozen=True, kw_only=True):
 
     What previews are made of fills what is None till then; `preview_state` None: no preview is made of such a file.
     `preview_tries` is how often making one of these bytes has begun. `damaged_at`: since when the stored bytes are known to be
-    wrong.
+    wrong. `deleted_at`: since when it is in the trash.
     """
 
     id: UUID
@@ -53,6 +53,7 @@ class File(msgspec.Struct, frozen=True, kw_only=True):
     created_at: datetime
     updated_at: datetime
     damaged_at: datetime | None
+    deleted_at: datetime | None
 
 
 class NewFile(msgspec.Struct, frozen=True, kw_only=True):
@@ -207,6 +208,15 @@ class KindUsage(msgspec.Struct, frozen=True, kw_only=True):
 
     file_count: int
     total_bytes: int
+
+
+class MovedToTrash(msgspec.Struct, frozen=True, kw_only=True):
+    """A file, and the name that its bytes are to have in the trash. Where there are no bytes, it keeps the one it has."""
+
+    id: UUID
+    old_generation: int
+    generation: int
+    file_path: str
 
 
 class Tombstone(msgspec.Struct, frozen=True, kw_only=True):

@@ -338,6 +338,39 @@ class Volume:
         finally:
             os.close(parent)
 
+    def name_all_again(self, names: list[tuple[str, str]]) -> list[Literal["named", "exists", "missing"]]:
+        """As `name_again` for many files, each with the name it is to get, and tells what became of each. A directory is synced once."""
+        root = self.root()
+        by_directory: dict[str, list[int]] = {}
+        for place, (path, new_path) in enumerate(names):
+            directory = checked(path).rsplit("/", 1)[0]
+            if checked(new_path).rsplit("/", 1)[0] != directory:
+                raise ValueError("a stored file stays in its directory")
+            by_directory.setdefault(directory, []).append(place)
+        outcomes: list[Literal["named", "exists", "missing"]] = ["missing"] * len(names)
+        for directory, places in by_directory.items():
+            try:
+                parent = self.directory(root, directory, make=False)
+            except FileNotFoundError:
+                continue
+            try:
+                for place in places:
+                    name, new_name = (each.rsplit("/", 1)[1] for each in names[place])
+                    try:
+                        with self.writing():
+                            os.link(name, new_name, src_dir_fd=parent, dst_dir_fd=parent, follow_symlinks=False)
+                    except FileExistsError:
+                        outcomes[place] = "exists"
+                    except FileNotFoundError:
+                        continue
+                    else:
+                        outcomes[place] = "named"
+                with self.syncing():
+                    os.fsync(parent)
+            finally:
+                os.close(parent)
+        return outcomes
+
     def remove_stored(self, paths: list[str]) -> None:
         """Unlinks stored files and syncs their directories, once each; removes directories of previews with all that is in them.
 

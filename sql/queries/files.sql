@@ -1,5 +1,5 @@
 -- Files: publish, replace, read, change, delete. {file} stands for the columns of server.ledger.models.File. What changes one also records
--- it in audit_log; its last parameter is the actor, as JSON.
+-- it in audit_log; its last parameter is the actor, as JSON. What is in the trash is only seen by what says so.
 
 -- name: publish_file
 -- Ends the reservation if there is one, then inserts the file and its event. The insert reads the count of released rows, so the
@@ -71,7 +71,7 @@ with released as (
            average_color = null, frame_rate = null, video_codec = null, audio_codec = null, damaged_at = null,
            content_changed_at = clock_timestamp(), updated_at = clock_timestamp()
       from (select count(*) from released) first (released)
-     where first.released >= 0 and f.user_id = $1 and f.id = $2 and f.generation = $3
+     where first.released >= 0 and f.user_id = $1 and f.id = $2 and f.generation = $3 and f.deleted_at is null
     returning f.*
 ), noted as (
     insert into events (user_id, type, file_id, payload)
@@ -93,10 +93,10 @@ select {file} from replaced;
 
 -- name: get_file
 -- One file of one user.
-select {file} from user_files where user_id = $1 and id = $2;
+select {file} from user_files where user_id = $1 and id = $2 and deleted_at is null;
 
 -- name: ids_of_kinds
--- Those of the ids that are the user's and of these kinds.
+-- Those of the ids that are the user's and of these kinds, in the trash or not.
 select id from user_files where user_id = $1 and id = any ($2) and file_type = any ($3);
 
 -- name: find_file_by_idempotency_key
@@ -104,7 +104,7 @@ select id from user_files where user_id = $1 and id = any ($2) and file_type = a
 select {file} from user_files where user_id = $1 and idempotency_key = $2;
 
 -- name: find_file_anywhere
--- One file, whoever owns it.
+-- One file, whoever owns it, in the trash or not.
 select {file} from user_files where id = $1;
 
 -- name: update_file
@@ -115,7 +115,7 @@ with changed as (
            package_name = case when $5 then $6 else package_name end,
            metadata = case when $7 then $8 else metadata end,
            updated_at = clock_timestamp()
-     where user_id = $1 and id = $2
+     where user_id = $1 and id = $2 and deleted_at is null
     returning *
 ), recorded as (
     insert into audit_log (action, user_id, file_id, detail, actor_kind, actor_id, acting_user_id, address, request_id)
@@ -132,7 +132,7 @@ select {file} from changed;
 with changed as (
     update user_files
        set is_favorite = coalesce($3, not is_favorite), updated_at = clock_timestamp()
-     where user_id = $1 and id = $2
+     where user_id = $1 and id = $2 and deleted_at is null
     returning *
 ), recorded as (
     insert into audit_log (action, user_id, file_id, detail, actor_kind, actor_id, acting_user_id, address, request_id)
@@ -143,7 +143,7 @@ select {file} from changed;
 -- name: set_tags
 -- Replaces the tags.
 with changed as (
-    update user_files set tags = $3, updated_at = clock_timestamp() where user_id = $1 and id = $2 returning *
+    update user_files set tags = $3, updated_at = clock_timestamp() where user_id = $1 and id = $2 and deleted_at is null returning *
 ), recorded as (
     insert into audit_log (action, user_id, file_id, detail, actor_kind, actor_id, acting_user_id, address, request_id)
     select 'file.updated', c.user_id, c.id, '{"fields": ["tags"]}', a.* from changed c, actor_of_v1($4) a
@@ -151,33 +151,36 @@ with changed as (
 select {file} from changed;
 
 -- name: delete_files
--- Deletes those of the ids that are the user's; one row per tombstone.
-select file_id, tombstone_id, volume_id, file_path from delete_files_v2($1, $2, $3);
+-- Deletes those of the ids that are the user's and in the trash ($3), or not in it; one row per tombstone.
+select file_id, tombstone_id, volume_id, file_path
+  from delete_files_v3($1, array(
+           select f.id from user_files f where f.user_id = $1 and f.id = any ($2) and (f.deleted_at is not null) = $3 order by f.id for update), $4, '{}');
 
 -- name: get_files
 -- Those of the ids that are the user's.
-select {file} from user_files where user_id = $1 and id = any ($2);
+select {file} from user_files where user_id = $1 and id = any ($2) and deleted_at is null;
 
 -- name: get_files_of_users
 -- Those of the ids that belong to the user in the same place.
 select {file} from unnest($1::text[], $2::uuid[]) w (wanted_user, wanted_id)
-  join user_files f on f.user_id = w.wanted_user and f.id = w.wanted_id;
+  join user_files f on f.user_id = w.wanted_user and f.id = w.wanted_id and f.deleted_at is null;
 
 -- name: get_linked_files
 -- The files that links name, if their links have not been revoked, neither by generation nor by their user's epoch.
 select {file}, wanted_epoch from unnest($1::uuid[], $2::integer[], $3::integer[]) w (wanted_id, wanted_generation, wanted_epoch)
   join user_files f on f.id = w.wanted_id and f.generation = w.wanted_generation
- where exists (select from user_storage u where u.user_id = f.user_id and u.link_epoch = w.wanted_epoch and u.erasing_at is null);
+ where f.deleted_at is null
+   and exists (select from user_storage u where u.user_id = f.user_id and u.link_epoch = w.wanted_epoch and u.erasing_at is null);
 
 -- name: get_public_file
 -- The file of a public URL.
 select {file} from user_files f
- where f.public_id = $1 and exists (select from user_storage u where u.user_id = f.user_id and u.erasing_at is null);
+ where f.public_id = $1 and f.deleted_at is null and exists (select from user_storage u where u.user_id = f.user_id and u.erasing_at is null);
 
 -- name: set_public
 -- Makes a file public under $3 unless it is already, or private when $3 is null. What changes nothing is not recorded.
 with found as (
-    select id, public_id is not null as was_public from user_files where user_id = $1 and id = $2 for no key update
+    select id, public_id is not null as was_public from user_files where user_id = $1 and id = $2 and deleted_at is null for no key update
 ), changed as (
     update user_files f
        set public_id = case when $3::text is null then null else coalesce(f.public_id, $3) end, updated_at = clock_timestamp()
@@ -194,7 +197,7 @@ select {file} from changed;
 -- Points a row at another name of the same bytes, on the same volume ($6), which ends its links. The trigger leaves a tombstone for the old name.
 with renamed as (
     update user_files set generation = $4, file_path = $5, updated_at = clock_timestamp()
-     where user_id = $1 and id = $2 and generation = $3 and volume_id = $6
+     where user_id = $1 and id = $2 and generation = $3 and volume_id = $6 and deleted_at is null
     returning *
 ), recorded as (
     insert into audit_log (action, user_id, file_id, detail, actor_kind, actor_id, acting_user_id, address, request_id)

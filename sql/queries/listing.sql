@@ -3,14 +3,15 @@
 -- {file} stands for the columns of server.ledger.models.File, {key} for the column to sort by, {direction} for asc or desc, {bounds}
 -- for conditions on the range, {others} for the filters that are not the source's. $1 is the user, $2 how many matching rows to return,
 -- $3 how many rows to read for them at most: the last of those is returned even if it does not match, to go on from. PostgreSQL stops
--- reading as soon as `found` or `place` is past its bound (a run condition of the window). Values of filters and conditions follow.
+-- reading as soon as `found` or `place` is past its bound (a run condition of the window). Values of filters and conditions follow. What
+-- is in the trash does not match.
 
 -- name: list_all
 -- All files of a user.
 select {file}, f.sort_key, f.matches, f.place
   from (select f.*, f.{key} as sort_key, m.matches,
                count(*) filter (where m.matches) over reading as found, row_number() over reading as place
-          from user_files f cross join lateral (select true {others} as matches) m
+          from user_files f cross join lateral (select f.deleted_at is null {others} as matches) m
          where f.user_id = $1 {bounds}
         window reading as (order by f.{key} {direction}, f.id {direction} rows unbounded preceding)) f
  where f.found <= $2 and f.place <= $3 and (f.matches or f.place = $3)
@@ -18,7 +19,7 @@ select {file}, f.sort_key, f.matches, f.place
 
 -- name: list_by_type
 -- Files of types ($5), of a MIME type ($6), or of both: one range for each pair that the user has, merged. $4 is how many rows of each
--- range to read, for the merge reads them all.
+-- range to read, for the merge reads them all; and as many more as the user has in the trash, which may lie among them.
 select {file}, f.sort_key, f.matches, f.place
   from (select f.*, f.{key} as sort_key, m.matches,
                count(*) filter (where m.matches) over reading as found, row_number() over reading as place
@@ -28,9 +29,10 @@ select {file}, f.sort_key, f.matches, f.place
                     where f.file_type || ':' || f.mime_type || ':' || f.user_id = t.file_type || ':' || t.mime_type || ':' || t.user_id
                           {bounds}
                     order by f.{key} {direction}, f.id {direction}
-                    limit $4
+                    limit least($3, $4 + (select count(*) from (select from user_files d
+                                                                 where d.user_id = $1 and d.deleted_at is not null limit $3) trash))
                ) f
-         cross join lateral (select true {others} as matches) m
+         cross join lateral (select f.deleted_at is null {others} as matches) m
          where t.user_id = $1 and ($5::text[] is null or t.file_type = any ($5)) and ($6::text is null or t.mime_type = $6) and t.file_count > 0
         window reading as (order by f.{key} {direction}, f.id {direction} rows unbounded preceding)) f
  where f.found <= $2 and f.place <= $3 and (f.matches or f.place = $3)
@@ -41,7 +43,7 @@ select {file}, f.sort_key, f.matches, f.place
 select {file}, f.sort_key, f.matches, f.place
   from (select f.*, f.{key} as sort_key, m.matches,
                count(*) filter (where m.matches) over reading as found, row_number() over reading as place
-          from user_files f cross join lateral (select true {others} as matches) m
+          from user_files f cross join lateral (select f.deleted_at is null {others} as matches) m
          where case when f.is_favorite then f.user_id end = $1 and f.is_favorite {bounds}
         window reading as (order by f.{key} {direction}, f.id {direction} rows unbounded preceding)) f
  where f.found <= $2 and f.place <= $3 and (f.matches or f.place = $3)
@@ -52,7 +54,7 @@ select {file}, f.sort_key, f.matches, f.place
 select {file}, f.sort_key, f.matches, f.place
   from (select f.*, f.{key} as sort_key, m.matches,
                count(*) filter (where m.matches) over reading as found, row_number() over reading as place
-          from user_files f cross join lateral (select true {others} as matches) m
+          from user_files f cross join lateral (select f.deleted_at is null {others} as matches) m
          where f.user_id || E'\x1f' || f.package_name = $1 || E'\x1f' || $4 and f.package_name is not null {bounds}
         window reading as (order by f.{key} {direction}, f.id {direction} rows unbounded preceding)) f
  where f.found <= $2 and f.place <= $3 and (f.matches or f.place = $3)
@@ -63,7 +65,7 @@ select {file}, f.sort_key, f.matches, f.place
 select {file}, f.sort_key, f.matches, f.place
   from (select f.*, s.{key} as sort_key, m.matches,
                count(*) filter (where m.matches) over reading as found, row_number() over reading as place
-          from user_file_tags s join user_files f on f.id = s.file_id cross join lateral (select true {others} as matches) m
+          from user_file_tags s join user_files f on f.id = s.file_id cross join lateral (select f.deleted_at is null {others} as matches) m
          where s.user_id = $1 and s.tag = $4 {bounds}
         window reading as (order by s.{key} {direction}, s.file_id {direction} rows unbounded preceding)) f
  where f.found <= $2 and f.place <= $3 and (f.matches or f.place = $3)
@@ -81,7 +83,8 @@ select {file}, f.sort_key, f.matches, f.place
                    select s.suffix_key = (
                               select {first}(suffix collate "C") from name_suffixes_v1(f.file_name) suffix
                                where suffix collate "C" >= (select search_key_v1($4))
-                                 and suffix collate "C" < (select search_key_v1($4) || chr(1114111))) {others} as matches
+                                 and suffix collate "C" < (select search_key_v1($4) || chr(1114111)))
+                          and f.deleted_at is null {others} as matches
                    offset 0
                ) m
          where s.user_id = $1

@@ -17,7 +17,7 @@ select {file}, preview_variant, preview_mime_type, preview_width, preview_height
                             p.height as preview_height, p.size_bytes as preview_size_bytes, p.on_demand as preview_on_demand,
                             p.last_used_at > now() - interval '1 hour' as used_lately
                        from previews p where p.file_id = f.id and p.file_name = $4) found on true
- where f.id = $1 and f.generation = $2
+ where f.id = $1 and f.generation = $2 and f.deleted_at is null
    and exists (select from user_storage u where u.user_id = f.user_id and u.link_epoch = $3 and u.erasing_at is null);
 
 -- name: touch_preview

@@ -65,11 +65,11 @@ with marked as (
 select {user} from marked;
 
 -- name: erase_batch
--- Deletes some of the files of a user who is being erased.
+-- Deletes some of the files of a user who is being erased, those in the trash too.
 select d.file_id, d.tombstone_id, d.volume_id, d.file_path
-  from delete_files_v2($1, array(
+  from delete_files_v3($1, array(
            select f.id from user_files f join user_storage u using (user_id)
-            where f.user_id = $1 and u.erasing_at is not null order by f.upload_date, f.id limit $2), $3) d;
+            where f.user_id = $1 and u.erasing_at is not null order by f.upload_date, f.id limit $2), $3, '{}') d;
 
 -- name: erase_events
 -- Deletes some of the events of a user who is being erased, and tells how many.

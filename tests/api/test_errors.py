@@ -120,13 +120,13 @@ def test_an_empty_body_is_told_so(api: RunningServer) -> None:
         assert (problem["field"], problem["reason"]) == ("body", "is empty; send a JSON object")
 
 
-def listing_routes(api: RunningServer) -> dict[str, list[str]]:
-    """The JSON routes that have query parameters, and those."""
+def listing_routes(api: RunningServer) -> dict[tuple[str, str], list[str]]:
+    """The JSON routes that have query parameters, by method and path, and those."""
     described = httpx.get(f"{api.url}/schema/openapi.json").json()["paths"]
     return {
-        path: parameters
+        (method.upper(), path): parameters
         for path, item in described.items()
-        for operation in item.values()
+        for method, operation in item.items()
         if operation["tags"] != ["Bytes"]
         and (parameters := [each["name"] for each in operation.get("parameters", ()) if each.get("in") == "query"])
     }
@@ -134,24 +134,32 @@ def listing_routes(api: RunningServer) -> dict[str, list[str]]:
 
 def test_unknown_and_repeated_parameters_are_refused(api: RunningServer) -> None:
     routes = listing_routes(api)
-    assert routes.keys() == {"/api/files", "/api/files/{file_id}", "/api/users", "/api/storage/{file_id}/url", "/api/audit"}
+    assert routes.keys() == {
+        ("GET", "/api/files"),
+        ("GET", "/api/files/{file_id}"),
+        ("DELETE", "/api/files/{file_id}"),
+        ("GET", "/api/trash"),
+        ("GET", "/api/users"),
+        ("GET", "/api/storage/{file_id}/url"),
+        ("GET", "/api/audit"),
+    }
     with api.client("ada") as client:
-        for template, parameters in routes.items():
+        for (method, template), parameters in routes.items():
             path = template.replace("{file_id}", MISSING)
             for name in ("nonsense", "Limit", "file_type", "request", "", "ü&"):
-                problem = client.get(path, params={name: "1"}).json()
+                problem = client.request(method, path, params={name: "1"}).json()
                 assert (problem["status"], problem["code"], problem["field"]) == (400, "invalid_request", name)
                 assert all(each in problem["reason"] for each in parameters)
             for name in parameters:
                 for twice in (["1", "2"], ["1", "1"]):
-                    problem = client.get(path, params={name: twice}).json()
+                    problem = client.request(method, path, params={name: twice}).json()
                     assert (problem["code"], problem["field"]) == ("invalid_request", name) and "once" in problem["reason"]
-            assert len(client.get(path, params={"x" * 5_000: "1"}).json()["field"]) == 100
+            assert len(client.request(method, path, params={"x" * 5_000: "1"}).json()["field"]) == 100
             for query in ("limit=%ff", "%ff", "&".join(f"a{number}" for number in range(101))):
-                assert client.get(f"{path}?{query}").json()["field"] == "query"
+                assert client.request(method, f"{path}?{query}").json()["field"] == "query"
             if "limit" in parameters:
                 assert client.get(f"{path}?&limit=1&").status_code == 200
-            assert httpx.get(f"{api.url}{path}?nonsense").status_code == 401  # who asks comes first
+            assert httpx.request(method, f"{api.url}{path}?nonsense").status_code == 401  # who asks comes first
 
 
 @pytest.mark.parametrize(

@@ -52,5 +52,6 @@ def a_file(data: bytes, **changes: Any) -> File:
         created_at=_MOMENT,
         updated_at=_MOMENT,
         damaged_at=None,
+        deleted_at=None,
     )
     return msgspec.structs.replace(file, **changes)

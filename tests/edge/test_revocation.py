@@ -173,3 +173,18 @@ def test_previews_end_with_their_original(edge: Edge) -> None:
             assert (edge.server.volume / "users" / "ada" / "previews" / file_id).is_dir()  # it is still there, for new links
     finally:
         worker.kill()
+
+
+def test_links_to_the_trash_end_within_a_second(start_edge: StartEdge) -> None:
+    edge = start_edge(COFFER_TRASH_DAYS="30")
+    with edge.client("ada") as app, edge.browser() as browser:
+        file_id = stored(app)
+        url = link(app, file_id)
+        answered = edge.nginx.counted("answered")
+        assert browser.get(url).content == BODY
+        assert edge.nginx.counted("answered") == answered + 1
+        assert app.delete(f"/api/files/{file_id}").status_code == 204
+        assert seconds_until_gone(browser, url) < AT_MOST_SECONDS
+        assert app.post(f"/api/files/{file_id}/restore").status_code == 200
+        assert browser.get(url).status_code == 404
+        assert browser.get(link(app, file_id)).content == BODY

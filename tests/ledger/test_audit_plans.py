@@ -23,6 +23,11 @@ _NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 _PREVIEW = """
 insert into previews (file_id, variant, user_id, file_name, mime_type, size_bytes) values ($1, '320', 'ada', '320.webp', 'image/webp', 7)
 """
+_TRASH = """
+insert into user_files (id, user_id, file_name, file_type, mime_type, file_size, sha256, volume_id, file_path, deleted_at)
+select id, 'user-' || n, 'a', 'image', 'image/png', 1, $1, $2, '/' || id || '.1.', now()
+  from (select gen_random_uuid() as id, n from generate_series(1, 20) n, generate_series(1, 5)) made
+"""
 _LARGE = ("user_files", "previews", "tombstones", "events", "generation_jobs")
 
 
@@ -43,6 +48,7 @@ async def fill(connection: asyncpg.Connection) -> None:
     await connection.execute(INSERT_FILE, _ID, "ada", 1, SHA256, VOLUME, path_of(_ID))
     await connection.execute(_PREVIEW, _ID)
     await connection.execute("insert into user_storage (user_id, max_bytes) select 'user-' || n, null from generate_series(1, 20) n")
+    await connection.execute(_TRASH, SHA256, VOLUME)
     await connection.execute("insert into tombstones (volume_id, file_path, file_id, generation) select id, 'x', $1, 1 from volumes", _ID)
     await connection.execute("insert into events (user_id, type, payload) values ('ada', 'file.created', '{}')")
     await connection.execute("analyze")
@@ -80,6 +86,8 @@ def _literal(value: object) -> str:
         ("rebuild_previews", (_ID, None, 1_000, ["image"]), "user_files_pkey", "id >"),
         ("lock_files_to_move", (_ID, [_ID], [1]), "user_files_pkey", "id = ANY"),
         ("page_to_move", ("ada", _NOON, _ID, 1_000), "user_files_created", "ROW(upload_date, id) >"),
+        ("list_trash", ("ada", None, None, 50), "user_files_trash", "ROW(deleted_at, id) <"),
+        ("page_of_old_trash", (30, None, None, 10_000), "user_files_trash_age", "ROW(deleted_at, id) >"),
     ],
 )
 async def test_a_page_begins_where_the_last_one_ended(
@@ -113,3 +121,15 @@ async def test_however_it_joins_nothing_is_read_to_its_end(large: asyncpg.Connec
     lines = plan.splitlines()
     scans = [number for number, line in enumerate(lines) if re.search(r"Scan .*on (user_files|previews)\b", line)]
     assert scans and not [lines[number] for number in scans if "Index Cond" not in lines[number + 1]], plan
+
+
+async def test_what_goes_to_the_trash_is_looked_up(large: asyncpg.Connection) -> None:
+    """By a statement inside of a function, so by the rows that it reads: there are a hundred others."""
+    transaction = large.transaction()
+    await transaction.start()
+    actor = '{"kind": "cli", "id": "test"}'
+    moved = await large.fetch(statement("trash_files"), "ada", VOLUME, [_ID], [1], [2], [path_of(_ID, 2)], None, actor)
+    read = await large.fetchval("select seq_tup_read + idx_tup_fetch from pg_stat_xact_user_tables where relname = 'user_files'")
+    await transaction.rollback()
+    assert {row["file_id"] for row in moved} == {_ID}
+    assert read < 20

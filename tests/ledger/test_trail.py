@@ -124,8 +124,10 @@ UNRECORDED = {
 
 async def test_every_statement_that_changes_something_records_it() -> None:
     tables = "(user_files|user_storage|uploads|api_keys|volumes)"
-    changing = re.compile(rf"(insert into|update|delete from) {tables}\b|(delete_files|open_upload|claim_link)_v\d")
-    recording = re.compile(r"insert into audit_log|(delete_files|open_upload)_v2")
+    changing = re.compile(
+        rf"(insert into|update|delete from) {tables}\b|(delete_files|trash_files|begin_erasing|open_upload|claim_link)_v\d"
+    )
+    recording = re.compile(r"insert into audit_log|delete_files_v3|open_upload_v2|(trash_files|begin_erasing)_v1")
     changes = {name for name, sql in statements._statements().items() if changing.search(sql)}
     records = {name for name, sql in statements._statements().items() if recording.search(sql)}
     assert changes - records == UNRECORDED
