@@ -198,6 +198,11 @@ def _add_users(commands: Any) -> None:
     quota.add_argument("quota", type=quantity, help="bytes, 10GiB (KiB, MiB, GiB, TiB) or unlimited")
     delete = _for_real(_database_command(group, "delete", _user_delete, "erase every byte and row of a user"))
     delete.add_argument("user_id", type=user_id_of)
+    hold = _json(_database_command(group, "hold", _user_hold, "let nothing of a user's be deleted or replaced, by nobody"))
+    hold.add_argument("user_id", type=user_id_of)
+    hold.add_argument("--reason", type=_reason, required=True, help="why, such as a court's reference; it stands in the audit trail")
+    release = _json(_database_command(group, "release", _user_release, "end the hold on a user"))
+    release.add_argument("user_id", type=user_id_of)
 
 
 async def _user_show(db: Database, _: Settings, arguments: argparse.Namespace) -> None:
@@ -214,6 +219,14 @@ async def _user_set_quota(db: Database, _: Settings, arguments: argparse.Namespa
 
 async def _user_delete(db: Database, settings: Settings, arguments: argparse.Namespace) -> None:
     await users.delete(db, settings, user_id=arguments.user_id, for_real=arguments.for_real)
+
+
+async def _user_hold(db: Database, _: Settings, arguments: argparse.Namespace) -> None:
+    await users.hold(db, user_id=arguments.user_id, reason=arguments.reason, as_json=arguments.json)
+
+
+async def _user_release(db: Database, _: Settings, arguments: argparse.Namespace) -> None:
+    await users.release(db, user_id=arguments.user_id, as_json=arguments.json)
 
 
 # Volumes
@@ -501,6 +514,20 @@ def _at_least_one(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text)):
         raise argparse.ArgumentTypeError("say a whole number from 1")
     return int(text)
+
+
+def _text(field: str) -> Callable[[str], str]:
+    def clean(text: str) -> str:
+        try:
+            return fields.clean_name(text, field)
+        except InvalidRequest as problem:
+            raise argparse.ArgumentTypeError(problem.reason) from None
+
+    return clean
+
+
+def _reason(text: str) -> str:
+    return _text("reason")(text)
 
 
 def _moment(text: str) -> str:

@@ -326,6 +326,14 @@ class UserErasing(CofferError):
     title = "This user is being deleted."
 
 
+@dataclass(slots=True, eq=False)
+class LegalHold(CofferError):
+    """A legal hold keeps the user's files: none is deleted, moved to the trash or replaced until it ends."""
+
+    code = "legal_hold"
+    title = "A legal hold keeps this user's files."
+
+
 # Limits
 
 

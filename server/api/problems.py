@@ -50,6 +50,7 @@ STATUS: dict[type[CofferError], int] = {
     errors.IdempotencyKeyReused: 422,
     errors.Conflict: 409,
     errors.UserErasing: 409,
+    errors.LegalHold: 409,
     errors.RateLimited: 429,
     errors.TooManyUploads: 429,
     errors.TooManyStreams: 429,

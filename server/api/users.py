@@ -22,7 +22,7 @@ UserId = Annotated[str, Parameter(description="The user's id, percent-encoded: `
 
 
 class UserAnswer(msgspec.Struct, kw_only=True):
-    """`max_bytes` null is unlimited. `erasing_at` is set once the user is being deleted."""
+    """`max_bytes` null is unlimited. `erasing_at` is set once the user is being deleted, `held_at` while a legal hold keeps the files."""
 
     user_id: str
     tier: str
@@ -31,6 +31,7 @@ class UserAnswer(msgspec.Struct, kw_only=True):
     reserved_bytes: int
     file_count: int
     erasing_at: datetime | None
+    held_at: datetime | None
     created_at: datetime
     updated_at: datetime
 
@@ -93,6 +94,7 @@ def _answer(user: User) -> UserAnswer:
         reserved_bytes=user.reserved_bytes,
         file_count=user.file_count,
         erasing_at=user.erasing_at,
+        held_at=user.held_at,
         created_at=user.created_at,
         updated_at=user.updated_at,
     )

@@ -1,32 +1,34 @@
-"""Users: what they use, what they may use, and their end."""
+"""Users: what they use, what they may use, and who keeps it from going."""
 
 from typing import Any
 
 import msgspec
 
 from server.commands.failures import CommandFailed, Exit
-from server.commands.output import human_bytes, say, show
+from server.commands.output import human_bytes, printable, say, show
 from server.errors import NotFound
 from server.intake import Intake
-from server.ledger import Database, User, get_user, list_users, list_volumes, usage
+from server.ledger import Database, User, get_user, hold_user, list_users, list_volumes, release_user, usage
 from server.ledger import set_quota as set_quota_of
 from server.settings import Settings
 from server.vault import Vault
 
 _PAGE = 1000
-_COLUMNS = ("user_id", "tier", "files", "used", "reserved", "limit", "erasing_at")
+_COLUMNS = ("user_id", "tier", "files", "used", "reserved", "limit", "erasing_at", "held_at")
 
 
 async def show_one(db: Database, *, user_id: str, as_json: bool) -> None:
     """`coffer user show`"""
     user, kinds = await usage(db, user_id)
     if user is None:
-        raise _unknown(user_id)
+        raise unknown(user_id)
     if as_json:
         by_type = {kind: {"file_count": each.file_count, "total_bytes": each.total_bytes} for kind, each in kinds.items()}
         show([msgspec.structs.asdict(user) | {"by_type": by_type}], (), as_json=True)
         return
     _show([user], as_json=False)
+    if user.hold_reason is not None:
+        say(f"a legal hold keeps this user's files: {printable(user.hold_reason)}")
     if kinds:
         print()
         rows = [{"type": kind, "files": each.file_count, "used": human_bytes(each.total_bytes)} for kind, each in kinds.items()]
@@ -51,7 +53,7 @@ async def delete(db: Database, settings: Settings, *, user_id: str, for_real: bo
     try:
         user = await get_user(db, user_id)
     except NotFound:
-        raise _unknown(user_id) from None
+        raise unknown(user_id) from None
     holds = f"{user.file_count} files, {human_bytes(user.total_bytes)}"
     if not for_real:
         say(f"would erase user {user_id!r} ({holds}) for ever. Nothing was changed; repeat with --for-real")
@@ -63,6 +65,22 @@ async def delete(db: Database, settings: Settings, *, user_id: str, for_real: bo
     finally:
         vault.close()
     say(f"erased user {user_id!r} ({holds})")
+
+
+async def hold(db: Database, *, user_id: str, reason: str, as_json: bool) -> None:
+    """`coffer user hold`: from now on nothing of the user's goes, whoever asks."""
+    try:
+        _show([await hold_user(db, user_id, reason)], as_json)
+    except NotFound:
+        raise unknown(user_id) from None
+
+
+async def release(db: Database, *, user_id: str, as_json: bool) -> None:
+    """`coffer user release`: ends the hold. What lifecycle rules and the trash's time have waited for goes with the next purge."""
+    try:
+        _show([await release_user(db, user_id)], as_json)
+    except NotFound:
+        raise unknown(user_id) from None
 
 
 def _show(users: list[User], as_json: bool) -> None:
@@ -81,8 +99,10 @@ def _line(user: User) -> dict[str, Any]:
         "reserved": human_bytes(user.reserved_bytes),
         "limit": "unlimited" if user.max_bytes is None else human_bytes(user.max_bytes),
         "erasing_at": user.erasing_at,
+        "held_at": user.held_at,
     }
 
 
-def _unknown(user_id: str) -> CommandFailed:
+def unknown(user_id: str) -> CommandFailed:
+    """The failure of a command about a user whom nobody knows."""
     return CommandFailed(f"there is no user {user_id!r}", Exit.NOT_FOUND)

@@ -18,6 +18,7 @@ from server.errors import (
     DatabaseUnavailable,
     IdempotencyInProgress,
     InvalidRequest,
+    LegalHold,
     NotFound,
     QuotaExceeded,
     TooManyUploads,
@@ -233,6 +234,8 @@ def _meaning(problem: asyncpg.PostgresError, state: str) -> CofferError | None:
         return QuotaExceeded(**json.loads(problem.detail or "{}"))
     if state == "CF003":
         return UserErasing()
+    if state == "CF010":
+        return LegalHold()
     if state == "CF005":
         return TooManyUploads(int(problem.detail or 0))
     if state.startswith((*_LOST, *_REFUSED)) or state in _RACES:

@@ -164,7 +164,10 @@ class FilePage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class User(msgspec.Struct, frozen=True, kw_only=True):
-    """One row of `user_storage`. `max_bytes` None is unlimited. `preview_bytes` are in none of the other figures."""
+    """One row of `user_storage`. `max_bytes` None is unlimited. `preview_bytes` are in none of the other figures.
+
+    `held_at`: since when a legal hold keeps everything of the user's, for `hold_reason`.
+    """
 
     user_id: str
     tier: str
@@ -175,6 +178,8 @@ class User(msgspec.Struct, frozen=True, kw_only=True):
     preview_bytes: int
     volume_id: UUID | None
     erasing_at: datetime | None
+    held_at: datetime | None
+    hold_reason: str | None
     link_epoch: int
     created_at: datetime
     updated_at: datetime

@@ -19,6 +19,8 @@ _LIST = statement("list_users", user=USER_COLUMNS)
 _SET_QUOTA = statement("set_quota", user=USER_COLUMNS)
 _SET_RULES = statement("set_quota_rules")
 _BY_TYPE = statement("usage_by_type")
+_HOLD = statement("hold_user", user=USER_COLUMNS)
+_RELEASE = statement("release_user", user=USER_COLUMNS)
 _BEGIN_ERASING = statement("begin_erasing", user=USER_COLUMNS)
 _ERASE_BATCH = statement("erase_batch")
 _ERASE_EVENTS = statement("erase_events")
@@ -74,6 +76,19 @@ async def usage(db: Database, user_id: str) -> tuple[User | None, dict[str, Kind
     kinds = await db.read(_BY_TYPE, user_id)
     by_type = {row["file_type"]: KindUsage(file_count=row["file_count"], total_bytes=row["total_bytes"]) for row in kinds}
     return _user_of(rows[0]), by_type
+
+
+async def hold_user(db: Database, user_id: str, reason: str) -> User:
+    """From its return on, none of the user's files is deleted, moved to the trash or replaced, nor is the user erased: that is `LegalHold`.
+
+    Raises `NotFound`, and `UserErasing` where it comes too late.
+    """
+    return _one(await db.write(_HOLD, user_id, reason, actor_json()))
+
+
+async def release_user(db: Database, user_id: str) -> User:
+    """Ends the hold. Repeating is safe. Raises `NotFound`."""
+    return _one(await db.write(_RELEASE, user_id, actor_json()))
 
 
 async def begin_erasing(db: Database, user_id: str) -> User:

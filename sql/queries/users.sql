@@ -64,6 +64,35 @@ with marked as (
 )
 select {user} from marked;
 
+-- name: hold_user
+-- From its commit on, the triggers let nothing of the user's go. Another reason ($2) takes the place of the one before. The lock waits for those
+-- whose statements have seen no hold (refuse_held_change_v1).
+with found as materialized (
+    select user_id from user_storage where user_id = $1 for update
+), held as (
+    update user_storage u set held_at = coalesce(u.held_at, now()), hold_reason = $2, updated_at = clock_timestamp()
+      from found f where u.user_id = f.user_id
+    returning u.*
+), recorded as (
+    insert into audit_log (action, user_id, file_id, detail, actor_kind, actor_id, acting_user_id, address, request_id)
+    select 'user.held', h.user_id, null, jsonb_build_object('reason', h.hold_reason), a.* from held h, actor_of_v1($3) a
+)
+select {user} from held;
+
+-- name: release_user
+-- Ends the hold on a user. What changes nothing is not recorded.
+with found as (
+    select user_id, held_at is not null as was_held from user_storage where user_id = $1 for no key update
+), released as (
+    update user_storage u set held_at = null, hold_reason = null, updated_at = clock_timestamp()
+      from found f where u.user_id = f.user_id
+    returning u.*, f.was_held
+), recorded as (
+    insert into audit_log (action, user_id, file_id, detail, actor_kind, actor_id, acting_user_id, address, request_id)
+    select 'user.released', r.user_id, null, '{}', a.* from released r, actor_of_v1($2) a where r.was_held
+)
+select {user} from released;
+
 -- name: erase_batch
 -- Deletes some of the files of a user who is being erased, those in the trash too.
 select d.file_id, d.tombstone_id, d.volume_id, d.file_path
