@@ -17,7 +17,7 @@ import httpx
 from server import fields
 from server.actor import Actor, act_as
 from server.auth import Scope
-from server.commands import configuration, edge, files, keys, previews, trail, users, volumes
+from server.commands import configuration, edge, erasure, files, keys, previews, trail, users, volumes
 from server.commands.failures import MEANING, CommandFailed, Exit, code_of
 from server.commands.output import say
 from server.errors import CofferError, InvalidRequest
@@ -196,13 +196,20 @@ def _add_users(commands: Any) -> None:
     quota = _json(_database_command(group, "set-quota", _user_set_quota, "set how much a user may store"))
     quota.add_argument("user_id", type=user_id_of)
     quota.add_argument("quota", type=quantity, help="bytes, 10GiB (KiB, MiB, GiB, TiB) or unlimited")
-    delete = _for_real(_database_command(group, "delete", _user_delete, "erase every byte and row of a user"))
+    delete = _for_real(_database_command(group, "delete", _user_delete, "erase every byte and row of a user, and certify that"))
     delete.add_argument("user_id", type=user_id_of)
+    delete.add_argument("--certificate", type=Path, metavar="FILE", help="where to write the certificate; standard output when left out")
+    certificate = _database_command(group, "certificate", _user_certificate, "print once more what certifies a user's erasure")
+    certificate.add_argument("user_id", type=user_id_of)
+    certificate.add_argument("--output", type=Path, metavar="FILE", help="where to write it; standard output when left out")
     hold = _json(_database_command(group, "hold", _user_hold, "let nothing of a user's be deleted or replaced, by nobody"))
     hold.add_argument("user_id", type=user_id_of)
     hold.add_argument("--reason", type=_reason, required=True, help="why, such as a court's reference; it stands in the audit trail")
     release = _json(_database_command(group, "release", _user_release, "end the hold on a user"))
     release.add_argument("user_id", type=user_id_of)
+    cleanup = _json(_for_real(_database_command(group, "cleanup", _user_cleanup, "erase users who store nothing and are not used")))
+    cleanup.add_argument("--unseen-days", type=_days, required=True, help="for how long nothing of theirs must have changed")
+    cleanup.add_argument("--any-quota", action="store_true", help="also those whose quota or tier is not the default")
 
 
 async def _user_show(db: Database, _: Settings, arguments: argparse.Namespace) -> None:
@@ -218,7 +225,11 @@ async def _user_set_quota(db: Database, _: Settings, arguments: argparse.Namespa
 
 
 async def _user_delete(db: Database, settings: Settings, arguments: argparse.Namespace) -> None:
-    await users.delete(db, settings, user_id=arguments.user_id, for_real=arguments.for_real)
+    await erasure.delete(db, settings, user_id=arguments.user_id, for_real=arguments.for_real, certificate=arguments.certificate)
+
+
+async def _user_certificate(db: Database, _: Settings, arguments: argparse.Namespace) -> None:
+    await erasure.certify(db, user_id=arguments.user_id, to=arguments.output)
 
 
 async def _user_hold(db: Database, _: Settings, arguments: argparse.Namespace) -> None:
@@ -227,6 +238,17 @@ async def _user_hold(db: Database, _: Settings, arguments: argparse.Namespace) -
 
 async def _user_release(db: Database, _: Settings, arguments: argparse.Namespace) -> None:
     await users.release(db, user_id=arguments.user_id, as_json=arguments.json)
+
+
+async def _user_cleanup(db: Database, settings: Settings, arguments: argparse.Namespace) -> None:
+    await erasure.cleanup(
+        db,
+        settings,
+        unseen_days=arguments.unseen_days,
+        any_quota=arguments.any_quota,
+        for_real=arguments.for_real,
+        as_json=arguments.json,
+    )
 
 
 # Volumes
@@ -514,6 +536,13 @@ def _at_least_one(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text)):
         raise argparse.ArgumentTypeError("say a whole number from 1")
     return int(text)
+
+
+def _days(text: str) -> int:
+    days = _at_least_one(text)
+    if days > _LONGEST_DURATION.days:
+        raise argparse.ArgumentTypeError(f"may be at most {_LONGEST_DURATION.days}")
+    return days
 
 
 def _text(field: str) -> Callable[[str], str]:

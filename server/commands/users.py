@@ -7,11 +7,8 @@ import msgspec
 from server.commands.failures import CommandFailed, Exit
 from server.commands.output import human_bytes, printable, say, show
 from server.errors import NotFound
-from server.intake import Intake
-from server.ledger import Database, User, get_user, hold_user, list_users, list_volumes, release_user, usage
+from server.ledger import Database, User, hold_user, list_users, release_user, usage
 from server.ledger import set_quota as set_quota_of
-from server.settings import Settings
-from server.vault import Vault
 
 _PAGE = 1000
 _COLUMNS = ("user_id", "tier", "files", "used", "reserved", "limit", "erasing_at", "held_at")
@@ -46,25 +43,6 @@ async def show_all(db: Database, *, as_json: bool) -> None:
 async def set_quota(db: Database, *, user_id: str, max_bytes: int | None, as_json: bool) -> None:
     """`coffer user set-quota`: also for a user who has not stored anything yet."""
     _show([await set_quota_of(db, user_id, max_bytes)], as_json)
-
-
-async def delete(db: Database, settings: Settings, *, user_id: str, for_real: bool) -> None:
-    """`coffer user delete`: every byte and row. Interrupted, a repetition or the server itself finishes it."""
-    try:
-        user = await get_user(db, user_id)
-    except NotFound:
-        raise unknown(user_id) from None
-    holds = f"{user.file_count} files, {human_bytes(user.total_bytes)}"
-    if not for_real:
-        say(f"would erase user {user_id!r} ({holds}) for ever. Nothing was changed; repeat with --for-real")
-        return
-    vault = Vault(settings.volume_reserve_bytes)
-    try:
-        await vault.refresh(await list_volumes(db))
-        await Intake(settings, db, vault).erase_user(user_id)
-    finally:
-        vault.close()
-    say(f"erased user {user_id!r} ({holds})")
 
 
 async def hold(db: Database, *, user_id: str, reason: str, as_json: bool) -> None:

@@ -509,12 +509,13 @@ class Intake:
         """Removes the bytes of deleted rows. What it raises on leaves them for the next housekeeping."""
         await bury(self.db, self.vault, tombstones)
 
-    async def erase_user(self, user_id: str) -> None:
+    async def erase_user(self, user_id: str, unseen: ledger.Unseen | None = None) -> None:
         """Erases every byte and row of a user. From its first step on the user takes no new bytes.
 
-        Interrupted anywhere, housekeeping goes on where it stopped. Raises `NotFound`.
+        Interrupted anywhere, housekeeping goes on where it stopped. Bytes that a backup under way wants are withheld, and go when it
+        is over. With `unseen`, only a user of whom that holds still. Raises `NotFound` and `LegalHold`.
         """
-        user = await ledger.begin_erasing(self.db, user_id)
+        user = await ledger.begin_erasing(self.db, user_id, unseen)
         while tombstones := await ledger.erase_batch(self.db, user_id, limit=_ERASE_BATCH_FILES):
             await self.bury(tombstones)
 

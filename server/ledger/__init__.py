@@ -113,6 +113,7 @@ from server.ledger.uploads import (
     unclaim_link,
 )
 from server.ledger.users import (
+    Unseen,
     begin_erasing,
     ensure_user,
     erase_batch,
@@ -125,6 +126,7 @@ from server.ledger.users import (
     release_user,
     set_quota,
     set_quota_rules,
+    unseen_users,
     usage,
     users_being_erased,
 )
@@ -160,6 +162,7 @@ __all__ = [
     "ResumableState",
     "ResumableUpload",
     "Tombstone",
+    "Unseen",
     "UploadLink",
     "User",
     "VolumeRow",
@@ -262,6 +265,7 @@ __all__ = [
     "trash_files",
     "unclaim_link",
     "uncount_preview_try",
+    "unseen_users",
     "update_file",
     "usage",
     "user_of_upload_link",

@@ -1,6 +1,7 @@
 """Users: their quota, what they use, and their erasure."""
 
 from collections.abc import Awaitable, Callable
+from typing import NamedTuple
 from uuid import UUID
 
 from server.actor import actor_json
@@ -21,7 +22,9 @@ _SET_RULES = statement("set_quota_rules")
 _BY_TYPE = statement("usage_by_type")
 _HOLD = statement("hold_user", user=USER_COLUMNS)
 _RELEASE = statement("release_user", user=USER_COLUMNS)
+_UNSEEN = statement("unseen_users", user=USER_COLUMNS)
 _BEGIN_ERASING = statement("begin_erasing", user=USER_COLUMNS)
+_BEGIN_ERASING_UNSEEN = statement("begin_erasing_unseen", user=USER_COLUMNS)
 _ERASE_BATCH = statement("erase_batch")
 _ERASE_EVENTS = statement("erase_events")
 _ERASE_USAGE = statement("erase_usage")
@@ -31,6 +34,14 @@ _FINISH_ERASING = statement("finish_erasing")
 _BEING_ERASED = statement("users_being_erased")
 _RAISE_EPOCH = statement("raise_link_epoch", user=USER_COLUMNS)
 _EPOCHS = statement("link_epochs")
+
+
+class Unseen(NamedTuple):
+    """Who is taken for a user that nobody uses: whose row has not changed for so many days, and who has the default quota, or any."""
+
+    days: int
+    default_quota_bytes: int | None
+    any_quota: bool
 
 
 async def ensure_user(db: Database, user_id: str, *, max_bytes: int | None, volume_id: UUID | None) -> User:
@@ -91,9 +102,21 @@ async def release_user(db: Database, user_id: str) -> User:
     return _one(await db.write(_RELEASE, user_id, actor_json()))
 
 
-async def begin_erasing(db: Database, user_id: str) -> User:
-    """From its return on, nothing new is admitted for the user (`UserErasing`). Repeating is safe. Raises `NotFound`."""
-    return _one(await db.write(_BEGIN_ERASING, user_id, actor_json()))
+async def unseen_users(db: Database, unseen: Unseen, after: str | None, limit: int) -> list[User]:
+    """The next `limit` users after an id who have stored nothing and whom nobody has changed for so long."""
+    rows = await db.read(_UNSEEN, after or "", unseen.days, unseen.default_quota_bytes, unseen.any_quota, limit)
+    return [_user_of(row) for row in rows]
+
+
+async def begin_erasing(db: Database, user_id: str, unseen: Unseen | None = None) -> User:
+    """From its return on, nothing new is admitted for the user (`UserErasing`). Repeating is safe. The trail tells what there was.
+
+    With `unseen`, only a user of whom that holds still. Raises `NotFound` and `LegalHold`.
+    """
+    if unseen is None:
+        return _one(await db.write(_BEGIN_ERASING, user_id, actor_json(), patience=LONG_PATIENCE_SECONDS))
+    rows = await db.write(_BEGIN_ERASING_UNSEEN, user_id, actor_json(), unseen.days, unseen.default_quota_bytes, unseen.any_quota)
+    return _one(rows)
 
 
 async def erase_batch(db: Database, user_id: str, limit: int = 1000) -> list[Tombstone]:

@@ -13,7 +13,16 @@ from uuid import UUID
 
 from server.errors import CofferError, Damaged, VolumeFull, VolumeReadOnly, VolumeUnavailable
 from server.vault.cached import open_cached
-from server.vault.layout import INCOMING, USERS, checked, checked_preview_name, checked_previews, checked_readable, is_previews
+from server.vault.layout import (
+    INCOMING,
+    QUARANTINE,
+    USERS,
+    checked,
+    checked_preview_name,
+    checked_previews,
+    checked_readable,
+    is_previews,
+)
 from server.vault.sentinel import read_sentinel
 
 State = Literal["open", "full", "read_only", "unavailable"]
@@ -493,16 +502,28 @@ class Volume:
         self._durable.pop(f"/{directory}", None)
 
     def remove_user(self, user_directory: str) -> None:
-        """Removes everything under a user's directory, and the directory. Repeating after a crash is safe."""
+        """Removes a user's directory with everything under it, here and in the quarantine. Repeating after a crash is safe."""
         root = self.root()
-        users = os.open(USERS, _DIRECTORY, dir_fd=root.fd)
-        try:
-            with self.writing():
-                remove_tree(user_directory, users)
-            with self.syncing():
-                os.fsync(users)
-        finally:
-            os.close(users)
+        places = [USERS]
+        with suppress(FileNotFoundError):
+            quarantine = self.directory(root, QUARANTINE, make=False)
+            try:
+                with os.scandir(quarantine) as entries:
+                    places += [f"{QUARANTINE}/{entry.name}/{USERS}" for entry in entries]
+            finally:
+                os.close(quarantine)
+        for place in places:
+            try:
+                users = self.directory(root, place, make=False)
+            except (FileNotFoundError, NotADirectoryError):  # in the quarantine, where anybody may have put anything
+                continue
+            try:
+                with self.writing():
+                    remove_tree(user_directory, users)
+                with self.syncing():
+                    os.fsync(users)
+            finally:
+                os.close(users)
 
     # Incoming leftovers
 

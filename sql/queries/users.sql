@@ -55,14 +55,19 @@ select file_type, sum(file_count)::bigint as file_count, sum(total_bytes)::bigin
 
 -- name: begin_erasing
 -- From its commit on, the triggers admit nothing new for the user.
-with marked as (
-    update user_storage set erasing_at = coalesce(erasing_at, now()), updated_at = clock_timestamp() where user_id = $1 returning *
-), recorded as (
-    insert into audit_log (action, user_id, file_id, detail, actor_kind, actor_id, acting_user_id, address, request_id)
-    select 'user.erasing', m.user_id, null, jsonb_build_object('file_count', m.file_count, 'total_bytes', m.total_bytes), a.*
-      from marked m, actor_of_v1($2) a where m.erasing_at = now()
-)
-select {user} from marked;
+select {user} from begin_erasing_v1($1, $2, null, null, null);
+
+-- name: begin_erasing_unseen
+-- The same for a user who has stored nothing, and whose row nobody has changed for $3 days; who has the default quota ($4), unless $5.
+select {user} from begin_erasing_v1($1, $2, $3, $4, $5);
+
+-- name: unseen_users
+-- A page of those users after an id ($1), by the same conditions.
+select {user} from user_storage u
+ where u.user_id > $1 and u.erasing_at is null and u.file_count = 0 and u.reserved_bytes = 0 and u.held_at is null
+   and u.updated_at < now() - make_interval(days => $2)
+   and ($4 or (u.max_bytes is not distinct from $3 and u.tier = 'standard'))
+ order by u.user_id limit $5;
 
 -- name: hold_user
 -- From its commit on, the triggers let nothing of the user's go. Another reason ($2) takes the place of the one before. The lock waits for those

@@ -1,5 +1,6 @@
 """The audit trail against a running server: each action leaves its record, by whom and from where, and nothing that opens anything."""
 
+import hashlib
 import json
 import os
 import pwd
@@ -121,13 +122,14 @@ def test_each_change_of_a_file_leaves_one_record(server: RunningServer, ada: Wat
 def test_each_change_of_a_user_leaves_one_record(server: RunningServer) -> None:
     with server.client("ada") as ada:
         file_id = ada.post("/api/files/upload", content=image(500)).json()["id"]
+    of_digests = hashlib.sha256(hashlib.sha256(image(500)).digest()).hexdigest()
     with server.client() as client:
         admin = Watched(server, client)
         assert told(admin("PUT", "/api/users/bob/quota", json={"max_bytes": 5})[1]) == [("user.created", None, {"max_bytes": 5})]
         assert told(admin("PUT", "/api/users/bob/quota", json={"max_bytes": None})[1]) == [("quota.changed", None, {"max_bytes": None})]
         left = admin("DELETE", "/api/users/ada", 204)[1]
     assert told(left) == [
-        ("user.erasing", None, {"file_count": 1, "total_bytes": 500}),
+        ("user.erasing", None, {"file_count": 1, "total_bytes": 500, "sha256_of_digests": of_digests}),
         ("file.deleted", file_id, {"file_type": "image", "file_size": 500}),
         ("user.erased", None, {}),
     ]
@@ -335,7 +337,7 @@ def test_the_command_acts_as_an_account_and_reads_the_trail(
         ("key.created", None, {"key_id": key["key_id"], "scopes": ["files:read", "files:write"]}),
         ("key.rotated", None, {"key_id": rotated["key_id"], "old_key_id": key["key_id"], "scopes": ["files:read", "files:write"]}),
         ("key.revoked", None, {"key_id": key["key_id"]}),
-        ("user.erasing", "ada", {"file_count": 0, "total_bytes": 0}),
+        ("user.erasing", "ada", {"file_count": 0, "total_bytes": 0, "sha256_of_digests": hashlib.sha256().hexdigest()}),
         ("user.erased", "ada", {}),
     ]
     assert {(each["actor_kind"], each["actor_id"], each["address"], each["request_id"]) for each in records} == {
