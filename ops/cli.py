@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 from uuid import UUID
 
-from ops import audit, rebalance, scrub, tool
+from ops import audit, purge, rebalance, scrub, tool
 from server import cli
 
 
@@ -48,6 +48,8 @@ def _add_tools(commands: Any) -> None:
         metavar="SECONDS",
         help="how long the old copy of a moved file stays for whoever is about to read it; %(default)g when left out",
     )
+    sweep = tool.add(commands, "purge", purge.run, "remove what is beyond its time, and files by lifecycle rules; for a daily timer")
+    sweep.add_argument("--for-real", action="store_true", help="do it; without this, it is only told what would be removed")
 
 
 def _hours(text: str) -> float:

@@ -17,7 +17,7 @@ import httpx
 from server import fields
 from server.actor import Actor, act_as
 from server.auth import Scope
-from server.commands import configuration, edge, erasure, files, keys, previews, trail, users, volumes
+from server.commands import configuration, edge, erasure, files, keys, lifecycle, previews, trail, users, volumes
 from server.commands.failures import MEANING, CommandFailed, Exit, code_of
 from server.commands.output import say
 from server.errors import CofferError, InvalidRequest
@@ -81,6 +81,7 @@ def _parser(more: More | None) -> argparse.ArgumentParser:
     _add_serving(commands)
     _add_keys(commands)
     _add_users(commands)
+    _add_lifecycle(commands)
     _add_volumes(commands)
     _add_trail(commands)
     _add_previews(commands)
@@ -249,6 +250,56 @@ async def _user_cleanup(db: Database, settings: Settings, arguments: argparse.Na
         for_real=arguments.for_real,
         as_json=arguments.json,
     )
+
+
+# Lifecycle rules
+
+
+def _add_lifecycle(commands: Any) -> None:
+    group = _group(commands, "lifecycle", "rules by which files go; `coffer purge` applies them")
+    _json(_database_command(group, "list", _lifecycle_list, "all rules"))
+    add = _json(_database_command(group, "add", _lifecycle_add, "a new rule; files must meet all of its conditions"))
+    add.add_argument("action", choices=("delete", "trash"), help="for good, or to the user's trash")
+    add.add_argument("--after-days", type=_days, required=True, help="how old the bytes must be")
+    add.add_argument("--user", type=user_id_of, help="only files of this user; of all when left out")
+    add.add_argument("--type", choices=KINDS)
+    add.add_argument("--mime", type=_text("mime"), help="such as image/png")
+    add.add_argument("--tag", type=_text("tag"))
+    add.add_argument("--package-name", type=_text("package_name"))
+    add.add_argument(
+        "--metadata",
+        type=_pair,
+        action="append",
+        help="KEY=VALUE that the file's metadata must hold, such as origin=/renders; may be repeated",
+    )
+    add.add_argument("--favorites-too", action="store_true", help="spare no favourites")
+    add.add_argument("--everything", action="store_true", help="needed where no condition is given: all files of all users")
+    remove = _json(_database_command(group, "remove", _lifecycle_remove, "end a rule; files stay as they are"))
+    remove.add_argument("rule_id", type=_at_least_one)
+
+
+async def _lifecycle_list(db: Database, _: Settings, arguments: argparse.Namespace) -> None:
+    await lifecycle.show_all(db, as_json=arguments.json)
+
+
+async def _lifecycle_add(db: Database, settings: Settings, arguments: argparse.Namespace) -> None:
+    conditions = {
+        "after_days": arguments.after_days,
+        "user_id": arguments.user,
+        "file_type": arguments.type,
+        "mime_type": arguments.mime,
+        "tag": arguments.tag,
+        "package_name": arguments.package_name,
+        "metadata": dict(arguments.metadata) if arguments.metadata else None,
+        "includes_favorites": arguments.favorites_too,
+    }
+    await lifecycle.add(
+        db, settings, action=arguments.action, conditions=conditions, everything=arguments.everything, as_json=arguments.json
+    )
+
+
+async def _lifecycle_remove(db: Database, _: Settings, arguments: argparse.Namespace) -> None:
+    await lifecycle.remove(db, rule_id=arguments.rule_id, as_json=arguments.json)
 
 
 # Volumes
@@ -557,6 +608,13 @@ def _text(field: str) -> Callable[[str], str]:
 
 def _reason(text: str) -> str:
     return _text("reason")(text)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not (name and separator):
+        raise argparse.ArgumentTypeError("say KEY=VALUE")
+    return name, value
 
 
 def _moment(text: str) -> str:

@@ -113,6 +113,10 @@ class Settings:
         at_least=0,
         at_most=3_650,
     )
+    quarantine_days: int = setting(
+        30, "After how long `coffer purge` removes what the audit has set aside; 0 never.", read=values.whole, at_least=0, at_most=3_650
+    )
+    events_days: int = setting(90, "After how long `coffer purge` removes events; 0 never.", read=values.whole, at_least=0, at_most=3_650)
     metrics_directory: str = setting(
         "", "Directory of Prometheus' textfile collector, for the metrics of the tools, such as `coffer audit`. Empty: they leave none."
     )

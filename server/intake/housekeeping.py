@@ -19,7 +19,8 @@ from server.vault import Vault, Volume
 
 _WATCH_SECONDS = 1.0  # a volume that goes away is known within this
 _TIDY_SECONDS = 15.0
-_EXPIRED_UPLOADS_KNOWN_SECONDS = 7 * 86_400  # till then their clients are told that they have expired
+EXPIRED_UPLOADS_KNOWN_SECONDS = 7 * 86_400
+"""How long an expired resumable upload is remembered: till then its client is told that it has expired."""
 _BATCH = 1_000
 _MOST_MOVED = 10_000  # at a time; uploads of further ones go to their old volume for up to a minute, and are moved from there
 
@@ -107,16 +108,40 @@ class Housekeeping:
         for step in (self._set_rules, self._expire, self._bury, self._sweep_incoming, self._go_on_erasing, self._forget):
             await self._guarded(step)
 
-    async def _set_rules(self) -> None:
-        await ledger.set_quota_rules(self._db, counts_previews=self._settings.previews_in_quota)
-
-    async def _expire(self) -> None:
+    async def release_expired(self) -> int:
+        """Gives back what one batch of abandoned uploads hold, and removes their bytes. Returns how many there were."""
         expired = await ledger.release_expired(self._db, _BATCH)
         gone = [name for upload_id, name in expired.items() if upload_id not in self._intake.live]
         if gone:
             log.info("released %d expired reservations", len(gone))
             for volume in self._writable():
                 await self._vault.run(volume.remove_incoming, gone)
+        return len(expired)
+
+    async def forget_records(self) -> int:
+        """Drops the records of the audit trail that are beyond their time, and tells how many those were."""
+        count, days = 0, self._settings.audit_log_days
+        while days:
+            dropped = await ledger.purge_trail(self._db, days, _BATCH)
+            count += dropped
+            if dropped < _BATCH:
+                break
+        return count
+
+    async def forget_uploads(self) -> int:
+        """Forgets resumable uploads that ended `EXPIRED_UPLOADS_KNOWN_SECONDS` ago, and tells how many."""
+        count = 0
+        while left := await ledger.purge_resumable_uploads(self._db, EXPIRED_UPLOADS_KNOWN_SECONDS, _BATCH):
+            count += len(left)
+            for volume in self._writable():
+                await self._vault.run(volume.remove_incoming, [name for volume_id, name in left if volume_id == volume.id])
+        return count
+
+    async def _set_rules(self) -> None:
+        await ledger.set_quota_rules(self._db, counts_previews=self._settings.previews_in_quota)
+
+    async def _expire(self) -> None:
+        await self.release_expired()
 
     async def _bury(self) -> None:
         while tombstones := await ledger.pending_tombstones(self._db, _BATCH):
@@ -139,12 +164,8 @@ class Housekeeping:
                 await self._intake.erase_user(user_id)
 
     async def _forget(self) -> None:
-        days = self._settings.audit_log_days
-        while days and await ledger.purge_trail(self._db, days, _BATCH) == _BATCH:
-            pass
-        while left := await ledger.purge_resumable_uploads(self._db, _EXPIRED_UPLOADS_KNOWN_SECONDS, _BATCH):
-            for volume in self._writable():
-                await self._vault.run(volume.remove_incoming, [name for volume_id, name in left if volume_id == volume.id])
+        await self.forget_records()
+        await self.forget_uploads()
 
     def _writable(self) -> list[Volume]:
         return [volume for volume in self._vault.volumes if volume.state in ("open", "full")]

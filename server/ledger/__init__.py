@@ -18,6 +18,7 @@ from server.ledger.files import (
     update_file,
 )
 from server.ledger.keys import create_api_key, find_api_key, list_api_keys, note_api_keys_used, revoke_api_key, rotate_api_key
+from server.ledger.lifecycle import add_rule, delete_ruled, list_rules, page_of_ruled, remove_rule
 from server.ledger.listing import list_files
 from server.ledger.lookups import FileLookups
 from server.ledger.migrations import MigrationError, migrate, pending
@@ -33,6 +34,7 @@ from server.ledger.models import (
     FilePage,
     FileQuery,
     KindUsage,
+    LifecycleRule,
     LinkedPreview,
     MovedToTrash,
     NewFile,
@@ -75,6 +77,7 @@ from server.ledger.previews import (
     wake_worker,
 )
 from server.ledger.publisher import Publisher
+from server.ledger.purge import count_overdue, held_users, purge_events
 from server.ledger.resumable import (
     ClaimedUpload,
     ResumableState,
@@ -148,6 +151,7 @@ __all__ = [
     "FileQuery",
     "Finished",
     "KindUsage",
+    "LifecycleRule",
     "LinkedPreview",
     "MigrationError",
     "MovedToTrash",
@@ -168,6 +172,7 @@ __all__ = [
     "VolumeRow",
     "Waker",
     "add_preview_figures",
+    "add_rule",
     "add_variant",
     "add_volume",
     "begin_erasing",
@@ -177,6 +182,7 @@ __all__ = [
     "claim_resumable_upload",
     "close_link",
     "count_left",
+    "count_overdue",
     "count_previews",
     "create_api_key",
     "create_linked_upload",
@@ -184,6 +190,7 @@ __all__ = [
     "declare_resumable_length",
     "delete_files",
     "delete_old_trash",
+    "delete_ruled",
     "derive_preview_jobs",
     "drain_volume",
     "drop_tombstones",
@@ -208,6 +215,7 @@ __all__ = [
     "get_public_file",
     "get_resumable_upload",
     "get_user",
+    "held_users",
     "hold_user",
     "ids_of_kinds",
     "join_resumable_uploads",
@@ -216,6 +224,7 @@ __all__ = [
     "list_api_keys",
     "list_files",
     "list_resumable_bytes",
+    "list_rules",
     "list_trail",
     "list_trash",
     "list_users",
@@ -227,10 +236,12 @@ __all__ = [
     "notify_variant",
     "open_reservation",
     "page_of_old_trash",
+    "page_of_ruled",
     "pending",
     "pending_tombstones",
     "preview_figures",
     "publish_file",
+    "purge_events",
     "purge_job_log",
     "purge_resumable_uploads",
     "purge_trail",
@@ -241,6 +252,7 @@ __all__ = [
     "release_expired",
     "release_reservation",
     "release_user",
+    "remove_rule",
     "rename_generation",
     "renew_preview",
     "renew_reservations",

@@ -224,6 +224,22 @@ class MovedToTrash(msgspec.Struct, frozen=True, kw_only=True):
     file_path: str
 
 
+class LifecycleRule(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of `lifecycle_rules`: what becomes of files `after_days` days, which those are. None is no condition."""
+
+    id: int
+    action: Literal["delete", "trash"]
+    after_days: int
+    user_id: str | None
+    file_type: str | None
+    mime_type: str | None
+    tag: str | None
+    package_name: str | None
+    metadata: dict[str, Any] | None
+    includes_favorites: bool
+    created_at: datetime
+
+
 class Tombstone(msgspec.Struct, frozen=True, kw_only=True):
     """A stored file whose row is gone and whose bytes must go too."""
 

@@ -86,8 +86,10 @@ def _literal(value: object) -> str:
         ("rebuild_previews", (_ID, None, 1_000, ["image"]), "user_files_pkey", "id >"),
         ("lock_files_to_move", (_ID, [_ID], [1]), "user_files_pkey", "id = ANY"),
         ("page_to_move", ("ada", _NOON, _ID, 1_000), "user_files_created", "ROW(upload_date, id) >"),
+        ("page_of_ruled", (_ID, 10_000, True), "user_files_pkey", "id >"),
         ("list_trash", ("ada", None, None, 50), "user_files_trash", "ROW(deleted_at, id) <"),
         ("page_of_old_trash", (30, None, None, 10_000), "user_files_trash_age", "ROW(deleted_at, id) >"),
+        ("purge_events", (90, 1_000), "events_pkey", ""),
     ],
 )
 async def test_a_page_begins_where_the_last_one_ended(
@@ -109,6 +111,7 @@ async def test_a_page_begins_where_the_last_one_ended(
     [
         ("page_of_previews", (_ID, "320", 10_000)),
         ("page_of_counters", ("", 500)),
+        ("page_of_ruled", (_ID, 10_000, True)),
         ("users_to_move", (_ID, "", 500)),
         ("pending_tombstones", (1_000,)),
         ("old_tombstones", (600.0, 1_000)),
