@@ -17,7 +17,7 @@ import httpx
 from server import fields
 from server.actor import Actor, act_as
 from server.auth import Scope
-from server.commands import configuration, edge, erasure, files, keys, lifecycle, previews, trail, users, volumes
+from server.commands import configuration, edge, erasure, exporting, files, keys, lifecycle, previews, trail, users, volumes
 from server.commands.failures import MEANING, CommandFailed, Exit, code_of
 from server.commands.output import say
 from server.errors import CofferError, InvalidRequest
@@ -203,6 +203,9 @@ def _add_users(commands: Any) -> None:
     certificate = _database_command(group, "certificate", _user_certificate, "print once more what certifies a user's erasure")
     certificate.add_argument("user_id", type=user_id_of)
     certificate.add_argument("--output", type=Path, metavar="FILE", help="where to write it; standard output when left out")
+    export = _database_command(group, "export", _user_export, "all files of a user in one tar archive, with all that is known of them")
+    export.add_argument("user_id", type=user_id_of)
+    export.add_argument("-o", "--output", required=True, help="where to write it, - for standard output")
     hold = _json(_database_command(group, "hold", _user_hold, "let nothing of a user's be deleted or replaced, by nobody"))
     hold.add_argument("user_id", type=user_id_of)
     hold.add_argument("--reason", type=_reason, required=True, help="why, such as a court's reference; it stands in the audit trail")
@@ -231,6 +234,10 @@ async def _user_delete(db: Database, settings: Settings, arguments: argparse.Nam
 
 async def _user_certificate(db: Database, _: Settings, arguments: argparse.Namespace) -> None:
     await erasure.certify(db, user_id=arguments.user_id, to=arguments.output)
+
+
+async def _user_export(db: Database, settings: Settings, arguments: argparse.Namespace) -> None:
+    await exporting.export(db, settings, user_id=arguments.user_id, to=arguments.output)
 
 
 async def _user_hold(db: Database, _: Settings, arguments: argparse.Namespace) -> None:

@@ -358,10 +358,10 @@ class TooManyUploads(CofferError):
 
 @dataclass(slots=True, eq=False)
 class TooManyStreams(CofferError):
-    """The user follows events as often as one user may at a time."""
+    """The user follows events, or has their files exported, as often as one user may at a time."""
 
     code = "too_many_streams"
-    title = "The user has too many event streams open."
+    title = "The user has too many event streams or exports open."
     limit: int
 
 

@@ -22,6 +22,7 @@ from server import logs
 from server.api.cors import Cors, Headers
 from server.api.download import download
 from server.api.events import follow
+from server.api.export import export
 from server.api.limits import rate_headers
 from server.api.linked import download_by_link, download_public
 from server.api.pace import PATIENCE, PacedBody
@@ -191,6 +192,10 @@ class Front:
             # A user id may hold slashes and percent signs: keep its segment as it was sent, for `users.py` to decode once.
             raw: bytes = scope.get("raw_path") or quote(path).encode("ascii")
             scope["path"] = raw.decode("latin-1")
+            segment, _, last = scope["path"][len(_USERS) :].partition("/")
+            if segment and last == "export":
+                await self._serve_export(exchange, segment)
+                return
         if scope["method"] == "OPTIONS":
             await self._tell_methods(exchange)
             return
@@ -219,6 +224,13 @@ class Front:
         self._services.limits.count_link(scope)
         raw: bytes = scope.get("raw_path") or quote(scope["path"]).encode("ascii")
         await route.handler(self._services, raw[3:].decode("latin-1"), scope, exchange.receive, exchange.send)
+
+    async def _serve_export(self, exchange: "_Exchange", segment: str) -> None:
+        exchange.route = _EXPORT.template
+        if exchange.scope["method"] not in _EXPORT.methods:
+            await _refuse_method(exchange, _EXPORT)
+            return
+        await _EXPORT.handler(self._services, segment, exchange.scope, exchange.receive, exchange.send)
 
     async def _serve_bytes(self, exchange: "_Exchange", byte_route: "_ByteRoute", file_id: str) -> None:
         scope = exchange.scope
@@ -264,6 +276,8 @@ _BYTE_ROUTES = {
     (True, "content"): _ByteRoute("/api/files/{file_id}/content", ("PUT",), replace),
     (True, "download"): _ByteRoute("/api/files/{file_id}/download", ("GET", "HEAD"), download),
 }
+
+_EXPORT = _ByteRoute("/api/users/{user_id}/export", ("GET",), export)
 
 # By the first three characters of the path. What follows them is the link, as it was sent.
 _LINK_ROUTES = {

@@ -16,6 +16,7 @@ from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin
 
 from server.api.problems import MEDIA_TYPE
+from server.delivery.export import MEDIA_TYPE as EXPORT_MEDIA_TYPE
 from server.fields import NAME_CHARACTERS, PACKAGE_NAME_CHARACTERS, USER_ID_CHARACTERS
 from server.kinds import KINDS
 
@@ -336,7 +337,22 @@ _EVENTS: Json = {
     "responses": {"200": {"description": "The stream.", "content": {"text/event-stream": {"schema": {"type": "string"}}}}},
 }
 
+_EXPORT: Json = {
+    "tags": ["Bytes"],
+    "operationId": "Export",
+    "summary": "Export",
+    "description": (
+        "All files of a user, in the trash or not, in one tar archive that is made while it is sent: the files under names for people, "
+        "`metadata.json` and a page, `index.html`. For an admin's key, the user's own token, or a key with `files:read` that acts for the "
+        "user (`X-User-Id`) and is not restricted to some types. An archive without its end was cut off."
+    ),
+    "security": [{"ApiKey": []}, {"UserToken": []}],
+    "parameters": [_segment("user_id", "The user's id, percent-encoded: `user/a` is `user%2Fa`.")],
+    "responses": {"200": {"description": "The archive.", "content": {EXPORT_MEDIA_TYPE: {"schema": _BINARY}}}},
+}
+
 _BYTE_ROUTES: dict[str, Json] = {
+    "/api/users/{user_id}/export": {"get": _EXPORT},
     "/api/files/events": {"get": _EVENTS},
     "/api/files/upload": {"post": _UPLOAD},
     "/api/files/{file_id}/content": {"put": _REPLACE},

@@ -65,22 +65,22 @@ async def list_users(
 @get("/{user_id:str}")
 async def show_user(request: Http, user_id: UserId) -> UserAnswer:
     """One user's quota and what is used of it."""
-    return _answer(await ledger.get_user(services_of(request).db, _decoded(user_id)))
+    return _answer(await ledger.get_user(services_of(request).db, decoded(user_id)))
 
 
 @put("/{user_id:str}/quota")
 async def set_quota(request: Http, user_id: UserId, data: QuotaChange) -> UserAnswer:
     """Sets a user's quota, and makes the user if there is none. A quota below what is used only blocks new bytes."""
-    return _answer(await ledger.set_quota(services_of(request).db, _decoded(user_id), data.max_bytes))
+    return _answer(await ledger.set_quota(services_of(request).db, decoded(user_id), data.max_bytes))
 
 
 @delete("/{user_id:str}")
 async def delete_user(request: Http, user_id: UserId) -> None:
     """Erases every byte and row of a user before it answers. If that is interrupted, the server goes on by itself."""
-    await services_of(request).intake.erase_user(_decoded(user_id))
+    await services_of(request).intake.erase_user(decoded(user_id))
 
 
-def _decoded(segment: str) -> str:
+def decoded(segment: str) -> str:
     """The user id in a path segment that `front.py` left as it was sent."""
     return fields.clean_user_id(unquote_to_bytes(segment.encode("latin-1")).decode("utf-8", "surrogateescape"))
 

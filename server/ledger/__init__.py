@@ -1,6 +1,7 @@
 """The ledger: what Coffer knows, as rows in PostgreSQL. The only room that imports asyncpg."""
 
 from server.ledger.database import Database
+from server.ledger.export import get_exported_file, page_of_user_files, record_export
 from server.ledger.files import (
     delete_files,
     find_file_anywhere,
@@ -207,6 +208,7 @@ __all__ = [
     "finish_preview",
     "forget_preview",
     "forget_published_upload",
+    "get_exported_file",
     "get_file",
     "get_files",
     "get_linked_preview",
@@ -237,6 +239,7 @@ __all__ = [
     "open_reservation",
     "page_of_old_trash",
     "page_of_ruled",
+    "page_of_user_files",
     "pending",
     "pending_tombstones",
     "preview_figures",
@@ -247,6 +250,7 @@ __all__ = [
     "purge_trail",
     "raise_link_epoch",
     "rebuild_previews",
+    "record_export",
     "record_infected",
     "record_reads",
     "release_expired",

@@ -47,6 +47,7 @@ ROUTES = {
     "GET /api/users/{user_id}",
     "PUT /api/users/{user_id}/quota",
     "DELETE /api/users/{user_id}",
+    "GET /api/users/{user_id}/export",
     "GET /health/live",
     "GET /health/ready",
 }

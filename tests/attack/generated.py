@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from server import fields
 from server.api.multipart import FormReader
-from server.api.users import _decoded
+from server.api.users import decoded
 from server.auth import api_keys
 from server.delivery import Links
 from server.delivery.conditions import evaluate, http_date, range_applies
@@ -110,7 +110,7 @@ def _parsers() -> dict[str, Callable[[str], Any]]:
         "an upload token": links.verify_upload,
         "a signed payload": signed,
         "an API key": lambda text: api_keys.parse(_header(text)),
-        "a user's segment": lambda text: _decoded(_header(text)),
+        "a user's segment": lambda text: decoded(_header(text)),
         "a form": form,
         "a form's type": lambda text: FormReader(f"multipart/form-data; {_header(text)}"),
         "metadata": fields.parse_metadata,

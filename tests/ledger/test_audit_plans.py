@@ -89,6 +89,7 @@ def _literal(value: object) -> str:
         ("page_of_ruled", (_ID, 10_000, True), "user_files_pkey", "id >"),
         ("list_trash", ("ada", None, None, 50), "user_files_trash", "ROW(deleted_at, id) <"),
         ("page_of_old_trash", (30, None, None, 10_000), "user_files_trash_age", "ROW(deleted_at, id) >"),
+        ("page_of_user_files", ("ada", None, None, _NOON, 200), "user_files_created", "ROW(upload_date, id) >"),
         ("purge_events", (90, 1_000), "events_pkey", ""),
     ],
 )
