@@ -393,6 +393,14 @@ class VolumeReadOnly(CofferError):
 
 
 @dataclass(slots=True, eq=False)
+class UploadsStopped(CofferError):
+    """The store was restored from a backup, and no sysadmin has said yet that it is the one that counts. Nothing was stored."""
+
+    code = "uploads_stopped"
+    title = "The store was restored and takes no uploads before a sysadmin has cleared it."
+
+
+@dataclass(slots=True, eq=False)
 class DatabaseUnavailable(CofferError):
     """PostgreSQL cannot be reached or refused to work. Nothing happened; asking again is safe."""
 

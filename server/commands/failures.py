@@ -41,6 +41,7 @@ _BY_ERROR: dict[type[CofferError], Exit] = {
     errors.VolumeFull: Exit.UNAVAILABLE,
     errors.VolumeUnavailable: Exit.UNAVAILABLE,
     errors.VolumeReadOnly: Exit.UNAVAILABLE,
+    errors.UploadsStopped: Exit.UNAVAILABLE,
     errors.DatabaseUnavailable: Exit.UNAVAILABLE,
     errors.CommitUnknown: Exit.UNAVAILABLE,
     errors.IncompleteBody: Exit.FAILURE,

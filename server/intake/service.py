@@ -41,7 +41,7 @@ from server.ledger import Database, Publisher, Waker
 from server.ledger.models import File, MovedToTrash, Tombstone, UploadLink, User
 from server.settings import Settings
 from server.vault import Vault, Volume
-from server.vault.layout import user_directory
+from server.vault.layout import USERS, user_directory
 
 _PLACEMENT_SECONDS = 60.0  # how long a process remembers a user's volume; a stale one only puts a file on the old volume
 _MOST_PLACEMENTS = 10_000
@@ -522,6 +522,8 @@ class Intake:
         async def remove_bytes() -> None:
             for volume_id, name in await ledger.list_resumable_bytes(self.db, user_id):
                 await self.vault.run(self.vault.volume(volume_id).remove_incoming, [name])
+            if await ledger.unlinks_are_held(self.db):  # what another process has just deleted may still be in its place
+                await self.bury(await ledger.tombstones_below(self.db, f"{USERS}/{user_directory(user_id)}/"))
             # On other volumes only what was moved away, or came there while the user was being moved, may have left directories.
             others = [volume for volume in self.vault.volumes if volume.id != user.volume_id and volume.state in ("open", "full")]
             for volume in others if user.volume_id is None else [*others, self.vault.volume(user.volume_id)]:

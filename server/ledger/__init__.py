@@ -1,5 +1,6 @@
 """The ledger: what Coffer knows, as rows in PostgreSQL. The only room that imports asyncpg."""
 
+from server.ledger.backups import BackupFacts, backup_facts
 from server.ledger.database import Database
 from server.ledger.export import get_exported_file, page_of_user_files, record_export
 from server.ledger.files import (
@@ -101,7 +102,7 @@ from server.ledger.resumable import (
     user_of_upload_link,
     want_resumable_upload,
 )
-from server.ledger.tombstones import drop_tombstones, pending_tombstones, tombstones_of
+from server.ledger.tombstones import drop_tombstones, mark_withheld, pending_tombstones, tombstones_below, tombstones_of, unlinks_are_held
 from server.ledger.trail import list_trail, purge_trail, record_reads
 from server.ledger.trash import delete_old_trash, list_trash, page_of_old_trash, restore_file, trash_files
 from server.ledger.uploads import (
@@ -142,6 +143,7 @@ __all__ = [
     "AuditPage",
     "AuditQuery",
     "AuditRecord",
+    "BackupFacts",
     "ClaimedLink",
     "ClaimedUpload",
     "Database",
@@ -176,6 +178,7 @@ __all__ = [
     "add_rule",
     "add_variant",
     "add_volume",
+    "backup_facts",
     "begin_erasing",
     "begin_preview",
     "checkpoint_resumable_upload",
@@ -232,6 +235,7 @@ __all__ = [
     "list_users",
     "list_volumes",
     "live_uploads",
+    "mark_withheld",
     "measure_parts",
     "migrate",
     "note_api_keys_used",
@@ -276,11 +280,13 @@ __all__ = [
     "set_tags",
     "set_volume_state",
     "time_to_look",
+    "tombstones_below",
     "tombstones_of",
     "touch_preview",
     "trash_files",
     "unclaim_link",
     "uncount_preview_try",
+    "unlinks_are_held",
     "unseen_users",
     "update_file",
     "usage",

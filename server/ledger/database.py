@@ -22,6 +22,7 @@ from server.errors import (
     NotFound,
     QuotaExceeded,
     TooManyUploads,
+    UploadsStopped,
     UserErasing,
     VolumeUnavailable,
 )
@@ -238,6 +239,8 @@ def _meaning(problem: asyncpg.PostgresError, state: str) -> CofferError | None:
         return LegalHold()
     if state == "CF005":
         return TooManyUploads(int(problem.detail or 0))
+    if state == "CF017":
+        return UploadsStopped()
     if state.startswith((*_LOST, *_REFUSED)) or state in _RACES:
         return DatabaseUnavailable()
     if state.startswith("22"):

@@ -11,6 +11,8 @@ INCOMING = "incoming"
 USERS = "users"
 PREVIEWS = "previews"
 QUARANTINE = "quarantine"
+WITHHELD = "withheld"
+"""Bytes of deleted files that a backup still wants, flat: a stored file's own name is no other's."""
 
 _PLAIN_USER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
 _STORED_PATH = re.compile(

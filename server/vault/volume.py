@@ -17,6 +17,7 @@ from server.vault.layout import (
     INCOMING,
     QUARANTINE,
     USERS,
+    WITHHELD,
     checked,
     checked_preview_name,
     checked_previews,
@@ -381,20 +382,15 @@ class Volume:
         return outcomes
 
     def remove_stored(self, paths: list[str]) -> None:
-        """Unlinks stored files and syncs their directories, once each; removes directories of previews with all that is in them.
+        """Unlinks stored files, withheld ones too, and syncs their directories, once each; removes directories of previews with all that
+        is in them.
 
         Files that are gone already are fine: repeating is safe.
 
         A crash half-way leaves files whose tombstones still name them.
         """
         root = self.root()
-        by_directory: dict[str, list[str]] = {}
-        for path in paths:
-            if is_previews(path):
-                self.remove_previews(path)
-                continue
-            directory, name = checked(path).rsplit("/", 1)
-            by_directory.setdefault(directory, []).append(name)
+        by_directory = self._without_previews(paths)
         for directory, names in by_directory.items():
             try:
                 parent = self.directory(root, directory, make=False)
@@ -409,6 +405,58 @@ class Volume:
                     os.fsync(parent)
             finally:
                 os.close(parent)
+        self._remove_withheld(root, [name for names in by_directory.values() for name in names])
+
+    def _without_previews(self, paths: list[str]) -> dict[str, list[str]]:
+        """Removes the directories of previews that are among these, and gives the names of the rest by their directories."""
+        by_directory: dict[str, list[str]] = {}
+        for path in paths:
+            if is_previews(path):
+                self.remove_previews(path)
+                continue
+            directory, name = checked(path).rsplit("/", 1)
+            by_directory.setdefault(directory, []).append(name)
+        return by_directory
+
+    def _remove_withheld(self, root: Handle, names: list[str]) -> None:
+        try:
+            withheld = self.directory(root, WITHHELD, make=False)
+        except FileNotFoundError:
+            return
+        try:
+            with self.writing():
+                gone = [_unlink_if_there(name, withheld) for name in names]
+            if any(gone):
+                with self.syncing():
+                    os.fsync(withheld)
+        finally:
+            os.close(withheld)
+
+    def withhold(self, paths: list[str]) -> None:
+        """Takes stored files out of their places, durably, and keeps their bytes in withheld/ until `remove_stored`. Repeating is safe.
+
+        For while a backup wants bytes that nobody may be served any more. A file is in at least one of the two places at any moment:
+        whoever looks for it there first and here afterwards finds it. Previews are removed at once.
+        """
+        root = self.root()
+        by_directory = self._without_previews(paths)
+        withheld = Handle(self.directory(root, WITHHELD, make=True))
+        for directory, names in by_directory.items():
+            try:
+                parent = Handle(self.directory(root, directory, make=False))
+            except FileNotFoundError:
+                continue
+            with self.writing():
+                for name in names:
+                    with suppress(FileExistsError, FileNotFoundError):  # withheld already, or gone
+                        os.link(name, name, src_dir_fd=parent.fd, dst_dir_fd=withheld.fd, follow_symlinks=False)
+            with self.syncing():
+                os.fsync(withheld.fd)
+            with self.writing():
+                for name in names:
+                    _unlink_if_there(name, parent.fd)
+            with self.syncing():
+                os.fsync(parent.fd)
 
     # Previews
 
@@ -621,9 +669,12 @@ def _copy_plain(source: Path, name: str, directory: int, volume: Volume) -> int:
         os.close(read)
 
 
-def _unlink_if_there(name: str, directory: int) -> None:
+def _unlink_if_there(name: str, directory: int) -> bool:
+    """Whether it was."""
     with suppress(FileNotFoundError):
         os.unlink(name, dir_fd=directory)
+        return True
+    return False
 
 
 def remove_tree(name: str, parent: int) -> None:

@@ -105,8 +105,10 @@ select coalesce(sum(file_count), 0)::bigint as files, coalesce(sum(total_bytes),
 select id, user_id, reserved_bytes from uploads where expires_at < clock_timestamp() - make_interval(secs => $1) order by expires_at limit $2;
 
 -- name: old_tombstones
--- Deleted files whose bytes housekeeping should have removed $1 seconds ago. Not copies, whose files are on another volume.
+-- Deleted files whose bytes housekeeping should have removed $1 seconds ago. Not those that a backup holds, and not copies, whose files are on
+-- another volume (moves.sql).
 select t.id, t.volume_id, t.file_path from tombstones t
  where t.created_at < clock_timestamp() - make_interval(secs => $1)
+   and not (t.is_withheld and exists (select from backups where holds_until > clock_timestamp()))
    and not exists (select from user_files f where f.id = t.file_id and f.generation = t.generation and f.volume_id <> t.volume_id offset 0)
  order by t.id limit $2;

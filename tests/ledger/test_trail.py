@@ -100,6 +100,8 @@ UNRECORDED = {
     "relabel_uploads",
     "switch_files",
     "switch_resumable_upload",
+    "settle_restored",
+    "forget_restored_previews",
     "note_api_keys_used",
     "unclaim_link",
     "claim_link",
