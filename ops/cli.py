@@ -3,10 +3,11 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 from uuid import UUID
 
-from ops import audit, purge, rebalance, scrub, tool
+from ops import audit, backup, purge, rebalance, scrub, tool
 from server import cli
 
 
@@ -48,6 +49,15 @@ def _add_tools(commands: Any) -> None:
         metavar="SECONDS",
         help="how long the old copy of a moved file stays for whoever is about to read it; %(default)g when left out",
     )
+    save = tool.add(
+        commands,
+        "backup",
+        backup.run,
+        "save rows and files as one pair, encrypted and deduplicated",
+        failure_command=lambda settings: settings.backup_failed,
+    )
+    save.add_argument("--init", action="store_true", help="make the repository first; without this, one must be there")
+    save.add_argument("--tar", type=Path, metavar="PLACE", help="instead, one plain .tar.gz: a file, or a directory that keeps several")
     sweep = tool.add(commands, "purge", purge.run, "remove what is beyond its time, and files by lifecycle rules; for a daily timer")
     sweep.add_argument("--for-real", action="store_true", help="do it; without this, it is only told what would be removed")
 

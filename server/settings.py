@@ -324,6 +324,33 @@ class Settings:
         "Record downloads and the making of download links too: each then costs a write, and is refused without one.",
         read=values.boolean,
     )
+    backup_repository: str = setting(
+        "",
+        "restic's repository for `coffer backup`: /path, sftp:user@host:/path, s3:https://host/bucket, ... What restic needs to get there "
+        "(AWS_ACCESS_KEY_ID, ssh's configuration) it reads as usual.",
+        secret=True,  # that of a REST server may hold a password
+    )
+    backup_password: str = setting(
+        "", "Password that encrypts the repository. Without it no backup can be read: keep it in another place, too.", secret=True
+    )
+    backup_forget: bool = setting(
+        True,
+        "Remove old backups. Off for a repository that takes no deletes, and whose keeper removes them.",
+        read=values.boolean,
+    )
+    backup_keep_daily: int = setting(7, "Days of which the last backup is kept.", read=values.whole, at_least=1)
+    backup_keep_weekly: int = setting(0, "Weeks of which the last backup is kept besides.", read=values.whole, at_least=0)
+    backup_keep_monthly: int = setting(0, "Months of which the last backup is kept besides.", read=values.whole, at_least=0)
+    backup_previews: bool = setting(False, "Back up previews, too. They can be made again from the files.", read=values.boolean)
+    backup_before: str = setting(
+        "", "Shell command that `coffer backup` runs first: it may mount the repository. If it fails, nothing is backed up."
+    )
+    backup_after: str = setting("", "Shell command that `coffer backup` runs last, when all went well.")
+    backup_failed: str = setting(
+        "",
+        "Shell command that `coffer backup` and `coffer drill` run when they fail, with the reason in COFFER_FAILURE: mail, or curl to a "
+        "webhook.",
+    )
     schema_documentation: bool = setting(True, "Serve the OpenAPI description and its page at /schema.", read=values.boolean)
 
     @classmethod

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ import pytest
 
 from ops import cli
 from server.commands.failures import Exit
+from tests.ops.cheap_repository import PASSWORD, make_cheap_repository
+from tests.ops.slow_restic import SlowRestic
 from tests.quota.rows import drift
 from tests.samples import image
 from tests.serving import RunningServer, execute
@@ -91,6 +94,35 @@ def drifted(database_url: str) -> list[tuple[str, str]]:
             await connection.close()
 
     return asyncio.run(look())
+
+
+@pytest.fixture
+def no_repository(database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where backups go, once somebody has made a repository there."""
+    directory = tmp_path / "repository"
+    monkeypatch.setenv("COFFER_BACKUP_REPOSITORY", str(directory))
+    monkeypatch.setenv("COFFER_BACKUP_PASSWORD", PASSWORD)
+    monkeypatch.setenv("RESTIC_CACHE_DIR", str(tmp_path / "cache"))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def cheap_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("restic") / "repository"
+    make_cheap_repository(directory)
+    return directory
+
+
+@pytest.fixture
+def repository(no_repository: Path, cheap_repository: Path) -> Path:
+    """Where backups go: there are none."""
+    shutil.copytree(cheap_repository, no_repository)
+    return no_repository
+
+
+@pytest.fixture
+def slow_restic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SlowRestic:
+    return SlowRestic(tmp_path / "slow", monkeypatch)
 
 
 # Two volumes
