@@ -3,11 +3,12 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 from uuid import UUID
 
-from ops import audit, backup, purge, rebalance, scrub, tool
+from ops import audit, backup, purge, rebalance, restore, scrub, tool
 from server import cli
 
 
@@ -58,8 +59,43 @@ def _add_tools(commands: Any) -> None:
     )
     save.add_argument("--init", action="store_true", help="make the repository first; without this, one must be there")
     save.add_argument("--tar", type=Path, metavar="PLACE", help="instead, one plain .tar.gz: a file, or a directory that keeps several")
+    _add_restore(commands)
     sweep = tool.add(commands, "purge", purge.run, "remove what is beyond its time, and files by lifecycle rules; for a daily timer")
     sweep.add_argument("--for-real", action="store_true", help="do it; without this, it is only told what would be removed")
+
+
+def _add_restore(commands: Any) -> None:
+    meaning = "bring back a whole store or one file from a backup"
+
+    async def work(desk: tool.Desk) -> str:
+        match desk.arguments.what:
+            case _:
+                return await restore.run(desk)
+
+    back = tool.add(commands, "restore", work, meaning, needs_store=lambda arguments: restore.needs_store(arguments.what))
+    whats = back.add_subparsers(dest="what", metavar="WHAT", required=True)
+    whats.add_parser("list", help="the backups that there are")
+    everything = whats.add_parser("all", help="rows and files, into an empty database and empty directories")
+    everything.add_argument("--to", type=Path, metavar="DIRECTORY", help="below which the volumes go; their old places when left out")
+    rows = whats.add_parser("rows", help="the rows alone, into an empty database, for volumes that are whole and in their places")
+    one = whats.add_parser("file", help="the bytes of one damaged file, in its place")
+    one.add_argument("file_id", type=UUID, metavar="ID")
+    for each in (everything, rows):
+        each.add_argument("--tar", type=Path, metavar="FILE", help="from this archive, and not from the repository")
+    for each in (everything, rows, one):
+        each.add_argument("--at", type=_moment, metavar="TIME", help="the newest backup that is not younger, such as 2026-01-31T12:00")
+        each.add_argument("--backup", type=UUID, metavar="ID", help="this backup, as `coffer restore list` names it")
+    whats.add_parser("clear", help="take uploads again: this store is the one that counts")
+    for part in whats.choices.values():
+        tool.add_options(part)
+
+
+def _moment(text: str) -> datetime:
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError("say a time as ISO 8601 has it, such as 2026-01-31T12:00") from None
+    return moment.astimezone(UTC)  # one without a zone is of this machine's
 
 
 def _hours(text: str) -> float:

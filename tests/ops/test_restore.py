@@ -1,0 +1,221 @@
+"""What was saved comes back, and nothing is stored before somebody has looked (FAULTS 15)."""
+
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from server.commands.failures import Exit
+from server.vault.layout import WITHHELD
+from tests.conftest import PostgresServer
+from tests.ops.conftest import Second, Tool, drifted, path_of, place_on_first, store, where
+from tests.ops.slow_restic import SlowRestic
+from tests.ops.test_scrub import download, flip
+from tests.processes import has_ended
+from tests.samples import image
+from tests.serving import RunningServer, execute
+from tests.waiting import until
+
+
+def test_everything_comes_back_into_an_empty_place(
+    server: RunningServer, repository: Path, tool: Tool, postgres_server: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = store(server, "ada", 20, size_bytes=30_000)
+    other = store(server, "päul/../x", 3, seed=100)
+    with server.client("ada") as client:
+        assert client.delete(f"/api/files/{ids.pop()}").status_code == 204
+    assert tool("backup").code == Exit.OK
+    store(server, "ada", 1, seed=500)  # later than the backup
+    url = postgres_server.clone(empty=True)
+    monkeypatch.setenv("DATABASE_URL", url)
+    told = tool("restore", "all", "--to", str(tmp_path / "restored"))
+    assert (told.code, told.findings) == (Exit.OK, []), told.stderr
+    assert (told.summary["restored_files"], told.summary["restored_bytes"]) == (22, 19 * 30_000 + 3 * 2_000)
+    assert drifted(url) == []
+    server.stop()
+    server.database_url = url
+    (server.volume,) = (tmp_path / "restored").iterdir()
+    server.start()
+    for number, file_id in enumerate(ids):
+        assert download(server, "ada", file_id).content == image(30_000, number)
+    for number, file_id in enumerate(other):
+        assert download(server, "päul/../x", file_id).content == image(2_000, 100 + number)
+    # Small and large, new users and old ones, new files and new bytes of old ones.
+    with server.client("ada") as client, server.client("bob") as bob:
+        for answer in (
+            client.post("/api/files/upload", content=image(2_000, 1)),
+            client.post("/api/files/upload", content=image(3_000_000, 1)),
+            client.post(f"/api/files/{ids[0]}/copy"),
+            client.put(f"/api/files/{ids[0]}/content", content=image(2_000, 2)),
+            bob.post("/api/files/upload", content=image(2_000, 1)),
+        ):
+            assert (answer.status_code, answer.json()["code"]) == (503, "uploads_stopped")
+            assert answer.headers["retry-after"] == "60"
+        assert tool("restore", "clear").code == Exit.OK
+        assert client.post("/api/files/upload", content=image(2_000, 1)).status_code == 201
+        assert client.delete(f"/api/files/{ids[1]}").status_code == 204
+    assert tool("audit").findings == []
+    server.stop()
+    postgres_server.drop(url)
+
+
+def test_a_damaged_file_comes_back_in_its_place(server: RunningServer, repository: Path, tool: Tool) -> None:
+    rotten, missing, renamed, sound, later = store(server, "ada", 5)
+    flip(path_of(server, later))  # before the backup, which has nothing better
+    assert tool("backup").code == Exit.OK
+    with server.client("ada") as client:
+        assert client.post(f"/api/files/{renamed}/revoke-links").is_success  # so the backup has it under another name
+    flip(path_of(server, rotten))
+    path_of(server, missing).unlink()
+    flip(path_of(server, renamed))
+    assert tool("scrub", "--rate", "unlimited").states == [("damaged", "look")] * 4
+    server.set_quota("ada", 1_000)  # what a user has is not charged again
+    for number, file_id in enumerate((rotten, missing, renamed)):
+        assert download(server, "ada", file_id).status_code == 410
+        told = tool("restore", "file", file_id)
+        assert (told.code, told.findings) == (Exit.OK, []), told.stderr
+        assert download(server, "ada", file_id).content == image(2_000, number)
+    told = tool("restore", "file", later)
+    assert (told.code, "no backup has the bytes" in told.stderr) == (Exit.NOT_FOUND, True)
+    assert download(server, "ada", later).status_code == 410
+    assert tool("restore", "file", sound).code == Exit.OK
+    assert tool("restore", "file", "00000000-0000-7000-8000-000000000000").code == Exit.NOT_FOUND
+    assert server.incoming() == []
+
+
+def test_a_file_that_has_moved_since_comes_back_to_where_it_is_now(
+    server: RunningServer, repository: Path, tool: Tool, second: Second
+) -> None:
+    place_on_first(server, second)
+    (file_id,) = store(server, "ada", 1)
+    assert tool("backup").code == Exit.OK
+    assert tool("rebalance", "--user", "ada", "--to", str(second.id), "--keep-old", "0", "--for-real").code == Exit.OK
+    (path,) = (second.mount / "users").glob(f"*/*/{file_id}.*")
+    flip(path)
+    assert tool("scrub", "--rate", "unlimited").states == [("damaged", "look")]
+    told = tool("restore", "file", file_id)
+    assert (told.code, told.findings) == (Exit.OK, []), told.stderr
+    assert download(server, "ada", file_id).content == image(2_000, 0)
+    assert where(server) == {second.id}
+
+
+def test_a_store_is_restored_over_nothing_that_is_there(
+    server: RunningServer, repository: Path, tool: Tool, postgres_server: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store(server, "ada", 1)
+    assert tool("backup").code == Exit.OK
+    told = tool("restore", "all", "--to", str(tmp_path / "restored"))
+    assert (told.code, "is not empty" in told.stderr) == (Exit.REFUSED, True)
+    url = postgres_server.clone(empty=True)
+    monkeypatch.setenv("DATABASE_URL", url)
+    told = tool("restore", "all")  # to its old place, where it still is
+    assert told.code == Exit.REFUSED
+    (tmp_path / "restored" / told_volume(server)).mkdir(parents=True)
+    (tmp_path / "restored" / told_volume(server) / "something").touch()
+    told = tool("restore", "all", "--to", str(tmp_path / "restored"))
+    assert (told.code, "is not empty" in told.stderr) == (Exit.REFUSED, True)
+    assert execute(url, "select from pg_tables where schemaname = 'public'") == []
+    postgres_server.drop(url)
+
+
+def told_volume(server: RunningServer) -> str:
+    return (server.volume / ".coffer-volume").read_text().strip()
+
+
+def test_a_restore_that_was_killed_goes_on(
+    server: RunningServer,
+    repository: Path,
+    tool: Tool,
+    slow_restic: SlowRestic,
+    postgres_server: PostgresServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store(server, "ada", 3)
+    assert tool("backup").code == Exit.OK
+    url = postgres_server.clone(empty=True)
+    monkeypatch.setenv("DATABASE_URL", url)
+    command = ["restore", "all", "--to", str(tmp_path / "restored")]
+    for stage in ("^dump .*coffer.dump", "^restore "):
+        slow_restic.stop_at(stage)
+        with subprocess.Popen([sys.executable, "-m", "ops.cli", *command], stderr=subprocess.DEVNULL) as process:
+            restic = slow_restic.wait_until_stopped()
+            process.kill()
+        until(partial(has_ended, restic))
+        slow_restic.go()
+    told = tool(*command)
+    assert (told.code, told.findings, told.summary["restored_files"]) == (Exit.OK, [], 3), told.stderr
+    assert len(execute(url, "select from upload_stops")) == 1
+    postgres_server.drop(url)
+
+
+def test_rows_come_back_to_volumes_that_were_not_lost(
+    server: RunningServer, repository: Path, tool: Tool, postgres_server: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, deleted, replaced = store(server, "ada", 3)
+    assert tool("backup").code == Exit.OK
+    with server.client("ada") as client:
+        assert client.delete(f"/api/files/{deleted}").status_code == 204
+        client.put(f"/api/files/{replaced}/content", content=image(999, 77)).raise_for_status()
+    store(server, "ada", 1, seed=50)
+    server.settle()
+    server.stop()
+    there = set(server.stored_paths())
+    withheld = server.volume / WITHHELD
+    withheld.mkdir(exist_ok=True)
+    (withheld / "00000000-0000-7000-8000-000000000000.1.png").touch()  # of a backup that was killed, and nobody's
+    assert tool("restore", "rows").code == Exit.REFUSED
+    url = postgres_server.clone(empty=True)
+    monkeypatch.setenv("DATABASE_URL", url)
+    sentinel = server.volume / ".coffer-volume"
+    sentinel.rename(server.volume / "sentinel")
+    told = tool("restore", "rows")
+    assert (told.code, "mount it there" in told.stderr) == (Exit.UNAVAILABLE, True)
+    assert execute(url, "select from pg_tables where schemaname = 'public'") == []
+    (server.volume / "sentinel").rename(sentinel)
+    for _ in range(2):  # what was restored already is no other's
+        told = tool("restore", "rows")
+        assert (told.code, {each["file_id"] for each in told.findings if each["state"] == "look"}) == (Exit.FOUND, {deleted, replaced})
+        assert set(server.stored_paths()) == there
+    assert not withheld.exists()
+    for file_id in (deleted, replaced):
+        assert tool("restore", "file", file_id).code == Exit.OK
+    server.database_url = url
+    server.start()
+    for number, file_id in enumerate((kept, deleted, replaced)):
+        assert download(server, "ada", file_id).content == image(2_000, number)
+    with server.client("ada") as client:
+        assert client.post("/api/files/upload", content=image(2_000, 1)).json()["code"] == "uploads_stopped"
+    assert set(server.stored_paths()) > there
+    server.stop()
+    postgres_server.drop(url)
+
+
+def test_a_plain_archive_is_a_backup_too(
+    server: RunningServer, tool: Tool, postgres_server: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = store(server, "ada", 5, size_bytes=30_000)
+    archives = tmp_path / "archives"
+    archives.mkdir()
+    (archives / "coffer-20200101T030000.000000Z.tar.gz").touch()
+    (archives / "other.tar.gz").touch()
+    monkeypatch.setenv("COFFER_BACKUP_KEEP_DAILY", "1")
+    told = tool("backup", "--tar", str(archives))
+    assert (told.code, told.findings, told.summary["files"], told.summary["backups"]) == (Exit.OK, [], 5, 1), told.stderr
+    (archive,) = archives.glob("coffer-*")
+    assert (archives / "other.tar.gz").exists()
+    assert archive.stat().st_mode & 0o777 == 0o600
+    url = postgres_server.clone(empty=True)
+    monkeypatch.setenv("DATABASE_URL", url)
+    told = tool("restore", "all", "--tar", str(archive), "--to", str(tmp_path / "restored"))
+    assert (told.code, told.findings, told.summary["restored_files"]) == (Exit.OK, [], 5), told.stderr
+    (volume,) = (tmp_path / "restored").iterdir()
+    for number, file_id in enumerate(ids):
+        assert next(volume.glob(f"users/ada/images/{file_id}.*")).read_bytes() == image(30_000, number)
+    assert len(execute(url, "select from upload_stops")) == 1
+    archive.write_bytes(archive.read_bytes()[:1_000])
+    told = tool("restore", "all", "--tar", str(archive), "--to", str(tmp_path / "again"))
+    assert told.code in (Exit.NOT_FOUND, Exit.REFUSED, Exit.FAILURE)
+    postgres_server.drop(url)
