@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 from uuid import UUID
 
-from ops import audit, backup, purge, rebalance, restore, scrub, tool
+from ops import audit, backup, drill, purge, rebalance, restore, scrub, tool
 from server import cli
 
 
@@ -60,6 +60,16 @@ def _add_tools(commands: Any) -> None:
     save.add_argument("--init", action="store_true", help="make the repository first; without this, one must be there")
     save.add_argument("--tar", type=Path, metavar="PLACE", help="instead, one plain .tar.gz: a file, or a directory that keeps several")
     _add_restore(commands)
+    prove = tool.add(
+        commands,
+        "drill",
+        drill.run,
+        "prove the newest backup by restoring it to scratch",
+        failure_command=lambda settings: settings.backup_failed,
+    )
+    prove.add_argument("--full", action="store_true", help="read the bytes of all files; without this, of some by chance")
+    prove.add_argument("--sample", type=_count, default=drill.SAMPLE_FILES, metavar="FILES", help="how many; 100 when left out")
+    prove.add_argument("--backup", type=UUID, metavar="ID", help="this backup, as `coffer restore list` names it")
     sweep = tool.add(commands, "purge", purge.run, "remove what is beyond its time, and files by lifecycle rules; for a daily timer")
     sweep.add_argument("--for-real", action="store_true", help="do it; without this, it is only told what would be removed")
 
@@ -88,6 +98,16 @@ def _add_restore(commands: Any) -> None:
     whats.add_parser("clear", help="take uploads again: this store is the one that counts")
     for part in whats.choices.values():
         tool.add_options(part)
+
+
+def _count(text: str) -> int:
+    try:
+        count = int(text)
+    except ValueError:
+        count = 0
+    if not 1 <= count <= 10_000:
+        raise argparse.ArgumentTypeError("say a number of files, such as 100")
+    return count
 
 
 def _moment(text: str) -> datetime:

@@ -1,15 +1,57 @@
 """A database and a directory for an hour."""
 
 import fcntl
+import hashlib
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
+from ops import postgres_tools
+from ops.embedded_postgres import EmbeddedPostgres, EmbeddedPostgresError, binaries_for
+from server.ledger.scratch import drop_scratch, make_scratch
+from server.settings import Settings
+
+_ONE_VERSION = 10_000
+_PREFIX = "coffer-scratch-"
 _MOMENT_SECONDS = 60
+
+
+@asynccontextmanager
+async def scratch_database(settings: Settings, name: str, server_version: int, directory: Path) -> AsyncIterator[str]:
+    """Within it, the URL of an empty database for a dump of a server of that version (160004).
+
+    It is a PostgreSQL of its own below `directory`, where the embedded one is installed and not older; otherwise a database called `name`
+    on the server itself, whose role must be allowed to create some.
+    """
+    if await _embedded_version() >= server_version // _ONE_VERSION:
+        postgres = EmbeddedPostgres(directory / "postgres", settings={"fsync": "off", "full_page_writes": "off"})
+        try:
+            yield postgres.start()
+        finally:
+            postgres.stop()
+        return
+    # Two stores may share a server.
+    name = f"{name}_{hashlib.sha256(urlsplit(settings.database_url).path.encode()).hexdigest()[:8]}"
+    try:
+        yield await make_scratch(settings, name)
+    finally:
+        await drop_scratch(settings, name)
+
+
+@asynccontextmanager
+async def scratch_directory() -> AsyncIterator[Path]:
+    """A directory in TMPDIR, or else in /var/tmp: what is restored may be more than a /tmp in memory holds.
+
+    What killed ones have left there is removed: it holds rows and bytes of users.
+    """
+    parent = Path(tempfile.gettempdir() if tempfile.gettempdir() != "/tmp" else "/var/tmp")  # noqa: S108 - only compared
+    with directory_for_now(parent, _PREFIX) as directory:
+        yield directory
 
 
 @contextmanager
@@ -44,3 +86,11 @@ def _remove_left_overs(parent: Path, prefix: str, before_removal: Callable[[Path
                     shutil.rmtree(directory, ignore_errors=True)
             finally:
                 os.close(life)
+
+
+async def _embedded_version() -> int:
+    try:
+        binary = binaries_for(None) / "pg_dump"
+    except EmbeddedPostgresError:
+        return 0
+    return await postgres_tools.version_of(binary) or 0

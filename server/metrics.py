@@ -53,6 +53,16 @@ class PreviewFacts:
     made: Mapping[tuple[str, str], Sequence[tuple[float, int, float]]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class BackupState:
+    """Backups at the moment of a scrape. Times are Unix times; None: there never was one."""
+
+    last_good_at: float | None
+    last_proof_at: float | None
+    are_proven: bool
+    uploads_are_stopped: bool
+
+
 class Metrics:
     """The metrics of this process. Labels come from route templates and fixed words, so their number is bounded."""
 
@@ -110,8 +120,16 @@ class Metrics:
         if seconds is not None:
             self._scan_seconds.observe(seconds)
 
-    def expose(self, volumes: Iterable[VolumeFacts], previews: PreviewFacts | None = None) -> bytes:
-        """The text of a scrape; without previews while nobody can tell. Reads files when several processes serve, so run it in a thread."""
+    def expose(
+        self,
+        volumes: Iterable[VolumeFacts],
+        previews: PreviewFacts | None = None,
+        backups: BackupState | None = None,
+    ) -> bytes:
+        """The text of a scrape; without what nobody can tell while the database is away.
+
+        Reads files when several processes serve, so run it in a thread.
+        """
         registry = self._registry
         if directory := os.environ.get(_DIRECTORY_VARIABLE):
             _forget_dead_processes(Path(directory))
@@ -121,6 +139,8 @@ class Metrics:
         own.register(_Volumes(list(volumes)))
         if previews is not None:
             own.register(_Previews(previews))
+        if backups is not None:
+            own.register(_Backups(backups))
         return generate_latest(registry) + generate_latest(own)
 
 
@@ -164,6 +184,22 @@ class _Previews(Collector):
             buckets = [("+Inf" if bound == math.inf else str(bound), files) for (bound, _, _), files in zip(counted, upto, strict=True)]
             seconds.add_metric(labels, buckets, sum(each for _, _, each in counted))
         return (GaugeMetricFamily("coffer_previews_waiting", "Files that wait for their preview.", self._previews.waiting), failed, seconds)
+
+
+class _Backups(Collector):
+    def __init__(self, backups: BackupState) -> None:
+        self._backups = backups
+
+    def collect(self) -> Iterable[Metric]:
+        now = self._backups
+        if now.last_good_at is not None:
+            yield GaugeMetricFamily("coffer_backups_last_good_timestamp_seconds", "What the last whole backup shows.", now.last_good_at)
+        if now.last_proof_at is not None:
+            yield GaugeMetricFamily("coffer_backups_last_proof_timestamp_seconds", "When a drill last restored one.", now.last_proof_at)
+        yield GaugeMetricFamily("coffer_backups_are_proven", "Whether a drill has restored one lately.", float(now.are_proven))
+        yield GaugeMetricFamily(
+            "coffer_uploads_are_stopped", "Whether the store was restored and waits to be cleared.", float(now.uploads_are_stopped)
+        )
 
 
 @contextmanager

@@ -351,6 +351,9 @@ class Settings:
         "Shell command that `coffer backup` and `coffer drill` run when they fail, with the reason in COFFER_FAILURE: mail, or curl to a "
         "webhook.",
     )
+    drill_max_age_days: int = setting(
+        8, "For how many days after a drill has restored one the backups count as proven.", read=values.whole, at_least=1
+    )
     schema_documentation: bool = setting(True, "Serve the OpenAPI description and its page at /schema.", read=values.boolean)
 
     @classmethod

@@ -10,7 +10,7 @@ from litestar import Request, Response, get
 from server import ledger
 from server.api.door import services_of
 from server.errors import CofferError
-from server.metrics import MEDIA_TYPE, PreviewFacts, VolumeFacts
+from server.metrics import MEDIA_TYPE, BackupState, PreviewFacts, VolumeFacts
 from server.vault import Volume
 
 Http = Request[Any, Any, Any]
@@ -74,11 +74,12 @@ async def ready(request: Http) -> Response[Readiness]:
 async def metrics(request: Http) -> Response[bytes]:
     """Everything that is counted, as Prometheus reads it."""
     services = services_of(request)
-    previews = None
+    previews = backups = None
     with suppress(CofferError):  # a database that is down must not hide the rest
+        backups = _backups(await ledger.backup_facts(services.db), services.settings.drill_max_age_days)
         previews = PreviewFacts(*await ledger.count_previews(services.db), _made(await ledger.preview_figures(services.db)))
     facts = [_facts(volume) for volume in services.vault.volumes]
-    text = await services.vault.run(lambda: services.metrics.expose(facts, previews))
+    text = await services.vault.run(lambda: services.metrics.expose(facts, previews, backups))
     return Response(text, media_type=MEDIA_TYPE)
 
 
@@ -105,6 +106,15 @@ def _made(figures: list[ledger.PreviewFigure]) -> dict[tuple[str, str], list[tup
         (kind, state): [(bound, *counted.get((kind, state, bound), (0, 0.0))) for bound in ledger.PREVIEW_BOUNDS_SECONDS]
         for kind, state in dict.fromkeys((each.file_type, each.state) for each in figures)
     }
+
+
+def _backups(facts: ledger.BackupFacts, max_age_days: int) -> BackupState:
+    return BackupState(
+        last_good_at=facts.last_good_at.timestamp() if facts.last_good_at else None,
+        last_proof_at=facts.last_proof_at.timestamp() if facts.last_proof_at else None,
+        are_proven=facts.are_proven(max_age_days),
+        uploads_are_stopped=facts.uploads_are_stopped,
+    )
 
 
 def _facts(volume: Volume) -> VolumeFacts:

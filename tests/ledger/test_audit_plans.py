@@ -84,6 +84,7 @@ def _literal(value: object) -> str:
         ("page_of_damaged", (_ID, 1_000), "user_files_damaged", "id >"),
         ("failed_previews", (_ID, 100), "user_files_preview_failed", "id >"),
         ("rebuild_previews", (_ID, None, 1_000, ["image"]), "user_files_pkey", "id >"),
+        ("missing_in_listing", (_ID, 1_000), "user_files_pkey", "id >"),
         ("lock_files_to_move", (_ID, [_ID], [1]), "user_files_pkey", "id = ANY"),
         ("page_to_move", ("ada", _NOON, _ID, 1_000), "user_files_created", "ROW(upload_date, id) >"),
         ("page_of_ruled", (_ID, 10_000, True), "user_files_pkey", "id >"),
@@ -97,6 +98,8 @@ async def test_a_page_begins_where_the_last_one_ended(
     large: asyncpg.Connection, name: str, arguments: tuple[Any, ...], index: str, position: str
 ) -> None:
     """The position is a condition on the index, not one on what was read from its beginning on, and nothing reads a whole index besides."""
+    if name == "missing_in_listing":
+        await large.execute(statement("create_listing"))
     sql = statement(name, file=FILE_COLUMNS) if "{file}" in statement(name, file="{file}") else statement(name)
     plan = await generic_plan(large, sql, arguments)
     lines = plan.splitlines()
