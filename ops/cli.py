@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 from uuid import UUID
 
-from ops import audit, backup, drill, purge, rebalance, restore, scrub, tool
+from ops import audit, backup, drill, purge, rebalance, restore, restore_volume, scrub, tool
 from server import cli
 
 
@@ -75,10 +75,12 @@ def _add_tools(commands: Any) -> None:
 
 
 def _add_restore(commands: Any) -> None:
-    meaning = "bring back a whole store or one file from a backup"
+    meaning = "bring back a whole store, one volume or one file from a backup"
 
     async def work(desk: tool.Desk) -> str:
         match desk.arguments.what:
+            case "volume":
+                return await restore_volume.run(desk)
             case _:
                 return await restore.run(desk)
 
@@ -90,9 +92,11 @@ def _add_restore(commands: Any) -> None:
     rows = whats.add_parser("rows", help="the rows alone, into an empty database, for volumes that are whole and in their places")
     one = whats.add_parser("file", help="the bytes of one damaged file, in its place")
     one.add_argument("file_id", type=UUID, metavar="ID")
-    for each in (everything, rows):
+    volume = whats.add_parser("volume", help="what an empty disk lacks that has taken the place of a lost one, while the store runs")
+    volume.add_argument("volume_id", type=UUID, metavar="ID")
+    for each in (everything, rows, volume):
         each.add_argument("--tar", type=Path, metavar="FILE", help="from this archive, and not from the repository")
-    for each in (everything, rows, one):
+    for each in (everything, rows, one, volume):
         each.add_argument("--at", type=_moment, metavar="TIME", help="the newest backup that is not younger, such as 2026-01-31T12:00")
         each.add_argument("--backup", type=UUID, metavar="ID", help="this backup, as `coffer restore list` names it")
     whats.add_parser("clear", help="take uploads again: this store is the one that counts")

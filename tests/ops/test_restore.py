@@ -219,3 +219,49 @@ def test_a_plain_archive_is_a_backup_too(
     told = tool("restore", "all", "--tar", str(archive), "--to", str(tmp_path / "again"))
     assert told.code in (Exit.NOT_FOUND, Exit.REFUSED, Exit.FAILURE)
     postgres_server.drop(url)
+
+
+@pytest.mark.parametrize("way", ["restic", "tar"])
+def test_a_lost_volume_comes_back_on_an_empty_disk(server: RunningServer, repository: Path, tool: Tool, tmp_path: Path, way: str) -> None:
+    kept, deleted, revoked, replaced = store(server, "ada", 4, size_bytes=30_000)
+    archive = tmp_path / "coffer.tar.gz"
+    from_archive = ["--tar", str(archive)] if way == "tar" else []
+    assert tool("backup", *from_archive).code == Exit.OK
+    newer = store(server, "ada", 1, seed=100)[0]
+    volume_id = str(execute(server.database_url, "select id from volumes")[0]["id"])
+    with server.client("ada") as client:
+        old_link = client.post(f"/api/files/{revoked}/link").json()["url"]
+        assert client.delete(f"/api/files/{deleted}").status_code == 204
+        assert client.post(f"/api/files/{revoked}/revoke-links").status_code == 200
+        assert client.put(f"/api/files/{replaced}/content", content=image(2_000, 7)).status_code == 200
+        lost, empty = server.volume, tmp_path / "empty"
+        lost.rename(tmp_path / "lost")
+        empty.mkdir()
+        until(lambda: client.get("/health/ready").status_code == 503)  # the server has let go of it, too
+        away = tool("restore", "volume", volume_id)
+        assert (away.code, f"coffer volume init DIRECTORY --replace {volume_id}" in away.stderr) == (Exit.UNAVAILABLE, True)
+        assert tool("volume", "init", str(empty), "--replace", volume_id).code == Exit.OK
+        until(lambda: client.get("/health/ready").status_code == 200)
+        later = store(server, "ada", 1, seed=200)[0]  # the empty disk is written to meanwhile
+        told = tool("restore", "volume", volume_id, *from_archive)
+        assert (told.code, told.summary["restored_files"], told.summary["restored_bytes"]) == (Exit.FOUND, 2, 60_000), told.stderr
+        assert {each["file_id"] for each in told.findings} == {newer, replaced}
+        marked = execute(server.database_url, "select id::text from user_files where damaged_at is not null")
+        assert {row["id"] for row in marked} == {newer, replaced}
+        for file_id, seed in ((kept, 0), (revoked, 2)):
+            assert download(server, "ada", file_id).content == image(30_000, seed)
+        assert download(server, "ada", later).status_code == 200
+        assert client.get(old_link).status_code == 404
+        for file_id in (newer, replaced):
+            assert (download(server, "ada", file_id).status_code, download(server, "ada", file_id).json()["code"]) == (410, "damaged")
+        assert not list(empty.rglob(f"*{deleted}*"))
+        again = tool("restore", "volume", volume_id, *from_archive)
+        assert (again.code, again.summary["restored_files"], again.summary["missing_files"]) == (Exit.FOUND, 0, 2)
+        if way == "tar":
+            archive.write_bytes(archive.read_bytes()[:-1_000])
+            broken = tool("restore", "volume", volume_id, *from_archive)
+            assert (broken.code, "gzip: " in broken.stderr) == (Exit.FAILURE, True)
+        for file_id in (newer, replaced):
+            assert client.delete(f"/api/files/{file_id}").status_code == 204
+    assert drifted(server.database_url) == []
+    assert [each for each in tool("audit").findings if each["state"] == "look"] == []
