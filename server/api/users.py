@@ -22,7 +22,10 @@ UserId = Annotated[str, Parameter(description="The user's id, percent-encoded: `
 
 
 class UserAnswer(msgspec.Struct, kw_only=True):
-    """`max_bytes` null is unlimited. `erasing_at` is set once the user is being deleted, `held_at` while a legal hold keeps the files."""
+    """`max_bytes` null is unlimited. `erasing_at` is set once the user is being deleted, `held_at` while a legal hold keeps the files.
+
+    `warned_percent`: the event `quota.warning` has told of 80, 90 or 100 % last, and use has not fallen well below since; 0: none.
+    """
 
     user_id: str
     tier: str
@@ -30,6 +33,7 @@ class UserAnswer(msgspec.Struct, kw_only=True):
     total_bytes: int
     reserved_bytes: int
     file_count: int
+    warned_percent: int
     erasing_at: datetime | None
     held_at: datetime | None
     created_at: datetime
@@ -93,6 +97,7 @@ def _answer(user: User) -> UserAnswer:
         total_bytes=user.total_bytes,
         reserved_bytes=user.reserved_bytes,
         file_count=user.file_count,
+        warned_percent=user.warned_percent,
         erasing_at=user.erasing_at,
         held_at=user.held_at,
         created_at=user.created_at,

@@ -11,7 +11,7 @@ from server.ledger import Database, User, hold_user, list_users, release_user, u
 from server.ledger import set_quota as set_quota_of
 
 _PAGE = 1000
-_COLUMNS = ("user_id", "tier", "files", "used", "reserved", "limit", "erasing_at", "held_at")
+_COLUMNS = ("user_id", "tier", "files", "used", "reserved", "limit", "warned", "erasing_at", "held_at")
 
 
 async def show_one(db: Database, *, user_id: str, as_json: bool) -> None:
@@ -76,6 +76,7 @@ def _line(user: User) -> dict[str, Any]:
         "used": human_bytes(user.total_bytes),
         "reserved": human_bytes(user.reserved_bytes),
         "limit": "unlimited" if user.max_bytes is None else human_bytes(user.max_bytes),
+        "warned": f"{user.warned_percent} %" if user.warned_percent else None,
         "erasing_at": user.erasing_at,
         "held_at": user.held_at,
     }

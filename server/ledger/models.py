@@ -167,6 +167,7 @@ class User(msgspec.Struct, frozen=True, kw_only=True):
     """One row of `user_storage`. `max_bytes` None is unlimited. `preview_bytes` are in none of the other figures.
 
     `held_at`: since when a legal hold keeps everything of the user's, for `hold_reason`.
+    `warned_percent` is what the last event `quota.warning` told, until use falls well below; 0: none.
     """
 
     user_id: str
@@ -176,6 +177,7 @@ class User(msgspec.Struct, frozen=True, kw_only=True):
     reserved_bytes: int
     file_count: int
     preview_bytes: int
+    warned_percent: int
     volume_id: UUID | None
     erasing_at: datetime | None
     held_at: datetime | None
