@@ -18,7 +18,7 @@ from server.api.streams import Streams
 from server.auth import Authenticator, TokenUsers, UserTokens
 from server.delivery import AwaitedPreviews, Delivery, Links
 from server.intake import Housekeeping, Intake, ResumableUploads, Scanner
-from server.ledger import Database, Notices
+from server.ledger import Database, Notices, RememberedFigures
 from server.rates import Buckets
 from server.settings import SettingError, Settings, variable
 from server.tus.door import TusDoor
@@ -70,6 +70,7 @@ def assemble(settings: Settings) -> Front:
         ),
         limits=Limits(settings, Buckets()),
         notices=notices,
+        figures=RememberedFigures(db),
         streams=streams,
         scanner=scanner,
         metrics=figures,

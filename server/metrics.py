@@ -63,6 +63,26 @@ class BackupState:
     uploads_are_stopped: bool
 
 
+@dataclass(frozen=True, slots=True)
+class StoreFacts:
+    """All users and files together, some seconds ago at most. No user has a series of their own: there may be a million.
+
+    `quota_bytes` is what was promised to users whose storage is limited; `warned_users` have used so many percent of theirs.
+    """
+
+    users: int
+    files: int
+    stored_bytes: float
+    reserved_bytes: float
+    quota_bytes: float
+    unlimited_users: int
+    warned_users: Mapping[int, int]
+    damaged_files: int
+    reservation_overdue_seconds: float
+    tombstone_age_seconds: float
+    worker_connections: int
+
+
 class Metrics:
     """The metrics of this process. Labels come from route templates and fixed words, so their number is bounded."""
 
@@ -124,6 +144,7 @@ class Metrics:
         self,
         volumes: Iterable[VolumeFacts],
         previews: PreviewFacts | None = None,
+        store: StoreFacts | None = None,
         backups: BackupState | None = None,
     ) -> bytes:
         """The text of a scrape; without what nobody can tell while the database is away.
@@ -139,6 +160,7 @@ class Metrics:
         own.register(_Volumes(list(volumes)))
         if previews is not None:
             own.register(_Previews(previews))
+        own.register(_Store(store))
         if backups is not None:
             own.register(_Backups(backups))
         return generate_latest(registry) + generate_latest(own)
@@ -200,6 +222,40 @@ class _Backups(Collector):
         yield GaugeMetricFamily(
             "coffer_uploads_are_stopped", "Whether the store was restored and waits to be cleared.", float(now.uploads_are_stopped)
         )
+
+
+class _Store(Collector):
+    def __init__(self, store: StoreFacts | None) -> None:
+        self._store = store
+
+    def collect(self) -> Iterable[Metric]:
+        yield GaugeMetricFamily("coffer_database_up", "Whether the database answered this scrape.", float(self._store is not None))
+        if self._store is None:
+            return
+        store = self._store
+        for name, meaning, value in (
+            ("users", "Users that have storage.", store.users),
+            ("users_unlimited", "Users whose storage has no limit.", store.unlimited_users),
+            ("stored_files", "Files of all users.", store.files),
+            ("stored_bytes", "Bytes of all users' files.", store.stored_bytes),
+            ("reserved_bytes", "Bytes of quota that uploads under way hold.", store.reserved_bytes),
+            ("quota_bytes", "Sum of all quotas, without those that are unlimited.", store.quota_bytes),
+            ("damaged_files", "Files whose stored bytes are known to be gone or wrong.", store.damaged_files),
+            (
+                "reservation_overdue_seconds",
+                "For how long the reservation that ended first should have been released.",
+                store.reservation_overdue_seconds,
+            ),
+            ("tombstone_age_seconds", "For how long the oldest deleted file has waited to leave the disk.", store.tombstone_age_seconds),
+            ("worker_connections", "Connections of workers to the database; none: no worker is at work.", store.worker_connections),
+        ):
+            yield GaugeMetricFamily(f"coffer_{name}", meaning, value)
+        warned = GaugeMetricFamily(
+            "coffer_users_warned", "Users by the percentage of their quota that they were last warned of.", labels=("percent",)
+        )
+        for percent, count in store.warned_users.items():
+            warned.add_metric((str(percent),), count)
+        yield warned
 
 
 @contextmanager

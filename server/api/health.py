@@ -10,7 +10,7 @@ from litestar import Request, Response, get
 from server import ledger
 from server.api.door import services_of
 from server.errors import CofferError
-from server.metrics import MEDIA_TYPE, BackupState, PreviewFacts, VolumeFacts
+from server.metrics import MEDIA_TYPE, BackupState, PreviewFacts, StoreFacts, VolumeFacts
 from server.vault import Volume
 
 Http = Request[Any, Any, Any]
@@ -74,12 +74,14 @@ async def ready(request: Http) -> Response[Readiness]:
 async def metrics(request: Http) -> Response[bytes]:
     """Everything that is counted, as Prometheus reads it."""
     services = services_of(request)
-    previews = backups = None
+    previews = store = backups = None
     with suppress(CofferError):  # a database that is down must not hide the rest
         backups = _backups(await ledger.backup_facts(services.db), services.settings.drill_max_age_days)
         previews = PreviewFacts(*await ledger.count_previews(services.db), _made(await ledger.preview_figures(services.db)))
+        figures = await services.figures.get()
+        store = _store_facts(figures)
     facts = [_facts(volume) for volume in services.vault.volumes]
-    text = await services.vault.run(lambda: services.metrics.expose(facts, previews, backups))
+    text = await services.vault.run(lambda: services.metrics.expose(facts, previews, store, backups))
     return Response(text, media_type=MEDIA_TYPE)
 
 
@@ -114,6 +116,22 @@ def _backups(facts: ledger.BackupFacts, max_age_days: int) -> BackupState:
         last_proof_at=facts.last_proof_at.timestamp() if facts.last_proof_at else None,
         are_proven=facts.are_proven(max_age_days),
         uploads_are_stopped=facts.uploads_are_stopped,
+    )
+
+
+def _store_facts(figures: ledger.StoreFigures) -> StoreFacts:
+    return StoreFacts(
+        users=figures.users,
+        files=figures.file_count,
+        stored_bytes=figures.total_bytes,
+        reserved_bytes=figures.reserved_bytes,
+        quota_bytes=figures.limit_bytes,
+        unlimited_users=figures.unlimited_users,
+        warned_users={80: figures.warned_80, 90: figures.warned_90, 100: figures.warned_100},
+        damaged_files=figures.damaged_files,
+        reservation_overdue_seconds=figures.reservation_overdue_seconds,
+        tombstone_age_seconds=figures.tombstone_age_seconds,
+        worker_connections=figures.worker_connections,
     )
 
 

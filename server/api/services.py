@@ -7,7 +7,7 @@ from server.api.streams import Streams
 from server.auth import Authenticator
 from server.delivery import Delivery, Links, RecentLinks
 from server.intake import Intake, Scanner
-from server.ledger import Database, Notices
+from server.ledger import Database, Notices, RememberedFigures
 from server.metrics import Metrics
 from server.settings import Settings
 from server.vault import Vault
@@ -26,6 +26,7 @@ class Services:
     authenticator: Authenticator
     limits: Limits
     notices: Notices
+    figures: RememberedFigures
     scanner: Scanner | None = None
     recent_links: RecentLinks = field(default_factory=RecentLinks)
     streams: Streams = field(default_factory=Streams)

@@ -3,6 +3,7 @@
 from server.ledger.backups import BackupFacts, backup_facts
 from server.ledger.database import Database
 from server.ledger.export import get_exported_file, page_of_user_files, record_export
+from server.ledger.figures import RememberedFigures
 from server.ledger.files import (
     delete_files,
     find_file_anywhere,
@@ -46,6 +47,7 @@ from server.ledger.models import (
     PreviewState,
     ReplacedContent,
     ResumableUpload,
+    StoreFigures,
     Tombstone,
     UploadLink,
     User,
@@ -165,9 +167,11 @@ __all__ = [
     "PreviewRow",
     "PreviewState",
     "Publisher",
+    "RememberedFigures",
     "ReplacedContent",
     "ResumableState",
     "ResumableUpload",
+    "StoreFigures",
     "Tombstone",
     "Unseen",
     "UploadLink",

@@ -286,6 +286,26 @@ class AuditPage(msgspec.Struct, frozen=True, kw_only=True):
     next_cursor: str | None
 
 
+class StoreFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """All users, files and uploads together. `limit_bytes` is the sum of the quotas that are not unlimited; `warned_80` are the users whose
+    last warning was of 80 % of their quota. Seconds are 0 where nothing is overdue, or nothing waits to be buried.
+    """
+
+    users: int
+    file_count: int
+    total_bytes: float
+    reserved_bytes: float
+    limit_bytes: float
+    unlimited_users: int
+    warned_80: int
+    warned_90: int
+    warned_100: int
+    damaged_files: int
+    reservation_overdue_seconds: float
+    tombstone_age_seconds: float
+    worker_connections: int
+
+
 class VolumeRow(msgspec.Struct, frozen=True, kw_only=True):
     """One row of `volumes`. `state` is `open` or `read_only` (set after an I/O error, cleared by a sysadmin).
 

@@ -17,6 +17,7 @@ from pgqueuer.domain.errors import RetryRequested
 from pgqueuer.domain.models import Job
 
 from server.ledger.database import CONNECT_SECONDS
+from server.ledger.figures import WORKER_APPLICATION
 
 ENTRYPOINT = "preview"
 
@@ -48,7 +49,11 @@ async def run_jobs(database_url: str, handler: Handler, stopping: asyncio.Event,
     A worker that dies loses nothing: another takes its jobs when they have had no heartbeat for `heartbeat_seconds`.
     """
     pool = await asyncpg.create_pool(
-        database_url, min_size=1, max_size=_CONNECTIONS, timeout=CONNECT_SECONDS, server_settings={"application_name": "coffer worker"}
+        database_url,
+        min_size=1,
+        max_size=_CONNECTIONS,
+        timeout=CONNECT_SECONDS,
+        server_settings={"application_name": WORKER_APPLICATION},
     )
     try:
         manager = QueueManager(Queries(AsyncpgPoolDriver(pool)))

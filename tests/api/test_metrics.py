@@ -1,5 +1,6 @@
 """Metrics: what they count, and that several processes count together."""
 
+import asyncio
 import os
 import signal
 import socket
@@ -10,11 +11,21 @@ from uuid import uuid4
 import httpx
 import pytest
 
+from server.ledger import Database, RememberedFigures, StoreFigures
+from server.ledger.queue import run_jobs
 from server.metrics import VOLUME_STATES, Metrics, VolumeFacts
+from server.settings import Settings
 from tests.processes import command_of
 from tests.samples import image
 from tests.serving import RunningServer, ServerFactory, execute
 from tests.waiting import until
+
+BURY = """
+insert into tombstones (volume_id, file_path, file_id, generation, created_at) values ($1, $2, $3, 1, now() - make_interval(secs => $4))
+"""
+HOLD = """
+insert into uploads (id, user_id, volume_id, reserved_bytes, expires_at) values ($1, 'ada', $2, 70, now() + make_interval(secs => $3))
+"""
 
 
 def scraped(server: RunningServer) -> dict[str, float]:
@@ -57,6 +68,103 @@ def test_volumes_are_told_as_they_are() -> None:
     for volume, state in (("a", "open"), ("b", "unavailable")):
         told = {each: found[f'coffer_volume_state{{state="{each}",volume="{volume}"}}'] for each in VOLUME_STATES}
         assert told == {each: float(each == state) for each in VOLUME_STATES}
+
+
+def test_what_is_stored_is_told_without_users(server: RunningServer) -> None:
+    for user_id, max_bytes in (("ada", 10_000), ("bob", 1_000), ("eve", None)):
+        server.set_quota(user_id, max_bytes)
+        with server.client(user_id) as client:
+            client.post("/api/files/upload", content=image(900)).raise_for_status()
+    execute(server.database_url, "update user_files set damaged_at = now() where user_id = 'eve'")
+    server.restart()  # figures are remembered for some seconds
+    found = scraped(server)
+    assert {
+        name.removeprefix("coffer_"): found[name] for name in found if name.startswith(("coffer_users", "coffer_stored", "coffer_quota"))
+    } == {
+        "users": 3,
+        "users_unlimited": 1,
+        "stored_files": 3,
+        "stored_bytes": 2_700,
+        "quota_bytes": 11_000,
+        'users_warned{percent="80"}': 0,
+        'users_warned{percent="90"}': 1,
+        'users_warned{percent="100"}': 0,
+    }
+    assert (found["coffer_database_up"], found["coffer_damaged_files"], found["coffer_worker_connections"]) == (1, 1, 0)
+    facts = os.statvfs(server.volume)
+    (size,) = (value for name, value in found.items() if name.startswith("coffer_volume_size_bytes"))
+    (inodes,) = (value for name, value in found.items() if name.startswith("coffer_volume_inodes"))
+    (free_inodes,) = (value for name, value in found.items() if name.startswith("coffer_volume_free_inodes"))
+    assert (size, inodes) == (facts.f_blocks * facts.f_frsize, facts.f_files) and 0 < free_inodes <= inodes
+    assert not [name for name in found if "ada" in name or "bob" in name]
+
+
+def test_what_housekeeping_should_have_done_is_told(server: RunningServer) -> None:
+    with server.client("ada") as client:
+        file_id = client.post("/api/files/upload", content=image(900)).json()["id"]
+    server.stop()
+    volume_id = execute(server.database_url, "select id from volumes")[0]["id"]
+    away = uuid4()
+    execute(server.database_url, "insert into volumes (id, mount_path) values ($1, '/nowhere')", away)
+    for age, path in ((7_200, "users/ada/images/a.1.png"), (60, "users/ada/images/b.1.png")):
+        execute(server.database_url, BURY, away, path, file_id, age)
+    server.start(wait_ready=False)  # the other volume is away, so nothing can be buried there
+    found = scraped(server)
+    assert 7_200 <= found["coffer_tombstone_age_seconds"] < 7_500 and found["coffer_reservation_overdue_seconds"] == 0
+    server.stop()
+    execute(server.database_url, HOLD, uuid4(), volume_id, 5_000)
+    assert figures_of(server.database_url).reservation_overdue_seconds == 0
+    execute(server.database_url, HOLD, uuid4(), volume_id, -5_000)
+    figures = figures_of(server.database_url)
+    assert 5_000 <= figures.reservation_overdue_seconds < 5_300 and figures.reserved_bytes == 140
+
+
+def figures_of(database_url: str) -> StoreFigures:
+    async def look() -> StoreFigures:
+        db = Database(Settings(database_url=database_url))
+        await db.open()
+        try:
+            return await RememberedFigures(db).get()
+        finally:
+            await db.close()
+
+    return asyncio.run(look())
+
+
+def test_workers_are_seen_by_their_connections(database_url: str) -> None:
+    connected = asyncio.Event()
+    seen: list[int] = []
+
+    async def nothing(*_: object) -> None: ...
+
+    async def look(db: Database) -> None:
+        while not seen:
+            if found := (await RememberedFigures(db).get()).worker_connections:
+                seen.append(found)
+                connected.set()
+
+    async def work() -> None:
+        db = Database(Settings(database_url=database_url))
+        await db.open()
+        try:
+            await asyncio.wait_for(asyncio.gather(look(db), run_jobs(database_url, nothing, connected, heartbeat_seconds=20)), 60)
+        finally:
+            await db.close()
+
+    asyncio.run(work())
+    assert seen[0] > 0 and figures_of(database_url).worker_connections == 0
+
+
+def test_figures_are_looked_up_once_in_a_while(server: RunningServer) -> None:
+    server.set_quota("ada", 1_000)
+    assert scraped(server)["coffer_users"] == 1
+    server.set_quota("bob", 1_000)
+    assert scraped(server)["coffer_users"] == 1
+
+
+def test_without_its_database_the_rest_is_told() -> None:
+    found = samples(Metrics().expose([VolumeFacts("a", "open", 7)]).decode())
+    assert found["coffer_database_up"] == 0 and "coffer_users" not in found and found['coffer_volume_free_bytes{volume="a"}'] == 7
 
 
 def test_requests_are_counted_by_template(api: RunningServer) -> None:
