@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 from uuid import UUID
 
-from ops import audit, backup, drill, purge, rebalance, restore, restore_volume, scrub, tool
+from ops import audit, backup, doctor, drill, purge, rebalance, restore, restore_volume, scrub, status, tool, top
 from server import cli
 
 
@@ -72,6 +72,8 @@ def _add_tools(commands: Any) -> None:
     prove.add_argument("--backup", type=UUID, metavar="ID", help="this backup, as `coffer restore list` names it")
     sweep = tool.add(commands, "purge", purge.run, "remove what is beyond its time, and files by lifecycle rules; for a daily timer")
     sweep.add_argument("--for-real", action="store_true", help="do it; without this, it is only told what would be removed")
+    for each in (doctor, status, top):
+        each.add(commands)
 
 
 def _add_restore(commands: Any) -> None:

@@ -1,7 +1,7 @@
 """The ledger: what Coffer knows, as rows in PostgreSQL. The only room that imports asyncpg."""
 
 from server.ledger.backups import BackupFacts, backup_facts
-from server.ledger.database import Database
+from server.ledger.database import Database, connections_wanted
 from server.ledger.export import get_exported_file, page_of_user_files, record_export
 from server.ledger.figures import RememberedFigures
 from server.ledger.files import (
@@ -189,6 +189,7 @@ __all__ = [
     "claim_link",
     "claim_resumable_upload",
     "close_link",
+    "connections_wanted",
     "count_left",
     "count_overdue",
     "count_previews",

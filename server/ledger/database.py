@@ -38,6 +38,8 @@ COMMIT_PATIENCE_SECONDS = 30.0
 """The same for what commits an upload: on a busy disk a commit takes seconds, and giving up on it leaves its outcome unknown."""
 LONG_PATIENCE_SECONDS = 60.0
 """The same for what touches up to thousands of rows."""
+QUEUE_CONNECTIONS = 4
+"""How many connections a worker keeps at most for each of its two queues, beside those of its pool."""
 TRIES = 3
 """How often a statement is tried that PostgreSQL undid because of a deadlock, a lost race or an error of its own."""
 
@@ -83,6 +85,11 @@ more than one updating member". Where one transaction has changed a user's row a
 foreign key, the second meets it in the moment in which the first is known to have failed and not yet known to have ended. On a busy machine
 this may be some time slices: once in some ten thousand uploads that are begun, and refused, side by side.
 """
+
+
+def connections_wanted(settings: Settings) -> int:
+    """How many connections the servers of a machine and its worker open at most: a server those of its pool and one for notices."""
+    return (settings.processes + 1) * settings.database_connections + settings.processes + 2 * QUEUE_CONNECTIONS
 
 
 class _Connection(asyncpg.Connection):

@@ -16,7 +16,7 @@ from pgqueuer.core.qm import QueueManager
 from pgqueuer.domain.errors import RetryRequested
 from pgqueuer.domain.models import Job
 
-from server.ledger.database import CONNECT_SECONDS
+from server.ledger.database import CONNECT_SECONDS, QUEUE_CONNECTIONS
 from server.ledger.figures import WORKER_APPLICATION
 
 ENTRYPOINT = "preview"
@@ -26,7 +26,6 @@ _TAKEN_AHEAD = 8
 VARIANT_AWAITED = timedelta(minutes=10)
 """Then nobody waits for a variant any more. Its job goes; one that kills its workers, whose tries nobody counts, has ended then."""
 _POLL = timedelta(seconds=2)  # for jobs whose waking call was lost
-_CONNECTIONS = 4
 
 
 class Retry(Exception):
@@ -51,7 +50,7 @@ async def run_jobs(database_url: str, handler: Handler, stopping: asyncio.Event,
     pool = await asyncpg.create_pool(
         database_url,
         min_size=1,
-        max_size=_CONNECTIONS,
+        max_size=QUEUE_CONNECTIONS,
         timeout=CONNECT_SECONDS,
         server_settings={"application_name": WORKER_APPLICATION},
     )
