@@ -1,14 +1,17 @@
 """The whole `coffer` command: what the server has, and the tools of this room, which the server does not know."""
 
 import argparse
+import socket
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, NoReturn
 from uuid import UUID
 
-from ops import audit, backup, doctor, drill, purge, rebalance, restore, restore_volume, scrub, status, tool, top
+from ops import audit, backup, disks, doctor, drill, purge, rebalance, restore, restore_volume, scrub, status, tool, top
+from ops.tool import Desk
 from server import cli
 
 
@@ -72,6 +75,7 @@ def _add_tools(commands: Any) -> None:
     prove.add_argument("--backup", type=UUID, metavar="ID", help="this backup, as `coffer restore list` names it")
     sweep = tool.add(commands, "purge", purge.run, "remove what is beyond its time, and files by lifecycle rules; for a daily timer")
     sweep.add_argument("--for-real", action="store_true", help="do it; without this, it is only told what would be removed")
+    _add_hetzner(commands)
     for each in (doctor, status, top):
         each.add(commands)
 
@@ -122,6 +126,59 @@ def _moment(text: str) -> datetime:
     except ValueError:
         raise argparse.ArgumentTypeError("say a time as ISO 8601 has it, such as 2026-01-31T12:00") from None
     return moment.astimezone(UTC)  # one without a zone is of this machine's
+
+
+def _add_hetzner(commands: Any) -> None:
+    meaning = "volumes of Hetzner Cloud: ordered, mounted, grown while in use"
+    group = commands.add_parser("hetzner", help=meaning, description=meaning).add_subparsers(
+        title="commands", metavar="COMMAND", required=True
+    )
+
+    def command(name: str, meaning: str) -> argparse.ArgumentParser:
+        async def work(desk: Desk) -> str:
+            from ops import hetzner  # noqa: PLC0415 - the other commands start faster without the cloud's library
+
+            does: tool.Work = getattr(hetzner, name)
+            return await does(desk)
+
+        parser = tool.add(group, name, work, meaning, tool="hetzner")
+        parser.add_argument("--for-real", action="store_true", help="do it; without this, it is only told what would be done")
+        parser.add_argument(
+            "--server", default=socket.gethostname(), help="this machine's name or number in the cloud; %(default)s when left out"
+        )
+        parser.add_argument("--devices", type=Path, default=Path("/dev/disk/by-id"), help="where volumes appear; %(default)s when left out")
+        parser.add_argument("--fstab", type=Path, default=disks.FSTAB, help="%(default)s when left out")
+        parser.add_argument("--units", type=Path, default=disks.UNITS, help="where mount units are; %(default)s when left out")
+        return parser
+
+    create = command("create", "order a volume, attach it, make a file system on it, mount it, and make it a volume of Coffer")
+    attach = command("attach", "attach a volume that Coffer has made before, and mount it")
+    detach = command("detach", "unmount a volume and detach it; its files stay on it")
+    grow = command("grow", "make a volume larger, in use as it is")
+    for each in (create, attach, detach):
+        each.add_argument("name")
+        each.add_argument("--mount", type=Path, help="where it is mounted; /srv/coffer/NAME when left out")
+    for each in (create, attach):
+        each.add_argument("--owner", help="the server's account, which the volume is given to; coffer, if there is one, when left out")
+    create.add_argument("--size-gb", type=int, help="from 10 to 10240; needed unless the volume is there")
+    create.add_argument("--fs", choices=disks.KINDS, default="ext4", help="%(default)s when left out")
+    create.add_argument("--for-user", type=cli.user_id_of, metavar="USER", help="the volume is this user's alone")
+    create.add_argument("--replace", type=UUID, metavar="ID", help="the volume takes the place of this one of Coffer, whose disk is lost")
+    grow.add_argument("name", nargs="?", help="all that are attached here when left out")
+    grow.add_argument("--when-free-below", type=float, metavar="PERCENT", help="only where less than this share of the bytes is free")
+    grow.add_argument("--add-gb", type=int, help="by how much; a tenth, and at least 10, when left out")
+    for each in (create, grow):
+        each.add_argument("--max-eur", type=_euros, help="refuse when all volumes of Coffer would then cost more a month, VAT included")
+
+
+def _euros(text: str) -> Decimal:
+    try:
+        amount = Decimal(text)
+    except InvalidOperation:
+        amount = Decimal(-1)
+    if not 0 <= amount <= 1_000_000:
+        raise argparse.ArgumentTypeError("say an amount such as 25 or 25.50")
+    return amount
 
 
 def _hours(text: str) -> float:

@@ -120,6 +120,10 @@ class Settings:
     metrics_directory: str = setting(
         "", "Directory of Prometheus' textfile collector, for the metrics of the tools, such as `coffer audit`. Empty: they leave none."
     )
+    hetzner_token: str = setting(
+        "", "Token of the Hetzner Cloud project, which may read and write, for `coffer hetzner`. The server needs none.", secret=True
+    )
+    hetzner_url: str = setting("https://api.hetzner.cloud/v1", "Where Hetzner's API is, for `coffer hetzner`.", read=values.base_url)
     api_key_cache_seconds: int = setting(
         3,
         "How long a server process trusts an API key it has just checked: the longest a revoked key still works.",
