@@ -26,7 +26,8 @@ TORTURE ?=
 # with its Lua module is the edge. What is no command stands with its path.
 LUA_MODULE := /usr/lib/nginx/modules/ngx_http_lua_module.so
 TEST_PACKAGES := curl=curl openssl=openssl strace=strace clamd=clamav-daemon chromium=chromium node=nodejs npm=npm \
-	nginx=nginx-light $(LUA_MODULE)=libnginx-mod-http-lua restic=restic mkfs.xfs=xfsprogs
+	nginx=nginx-light $(LUA_MODULE)=libnginx-mod-http-lua restic=restic mkfs.xfs=xfsprogs \
+	systemd-analyze=systemd
 
 VENV := .venv
 RUN := $(VENV)/bin/python

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import uvicorn
 
-from server import logs, metrics, rates
+from server import logs, metrics, rates, supervision
 from server.api import application
 from server.api.front import Front
 from server.api.limits import Limits
@@ -27,8 +27,9 @@ from server.vault import Vault
 
 # Above the 60 s for which nginx keeps an idle connection to us, so that it is never we who hang up on a request just sent.
 _KEEP_ALIVE_SECONDS = 75
-# How long a stopping server lets running requests finish. What it cuts off is as if the server had crashed: safe, but told nobody.
-_GRACEFUL_STOP_SECONDS = 30
+# For how long one of several processes may say nothing before another one is started in its place. On a machine that is very busy a process
+# takes more than uvicorn's own 5 s to come as far as that: each was killed before, and the next one, and none ever served.
+_SILENCE_SECONDS = 30
 
 log = logging.getLogger("coffer")
 
@@ -97,7 +98,8 @@ async def _running(services: Services) -> AsyncIterator[None]:
         if services.scanner is not None:
             await services.scanner.warn_if_away()
         log.info("started")
-        yield
+        async with supervision.supervised():
+            yield
         await services.authenticator.stop()
         await housekeeping.stop()
     finally:
@@ -121,6 +123,10 @@ def serve(settings: Settings) -> None:
     Raises `SettingError` as `assemble`, before anything is opened.
     """
     _check_link_keys(settings)
+    try:
+        listener = supervision.inherited_listener()
+    except ValueError as problem:
+        raise SettingError(str(problem)) from None
     logs.configure(settings.log_level)
     UserTokens.from_settings(settings)  # a key file that is wrong is told here, and not by each process anew
     _raise_file_limit()
@@ -133,6 +139,7 @@ def serve(settings: Settings) -> None:
             factory=True,
             host=settings.host,
             port=settings.port,
+            fd=listener,  # then host and port are only what the settings say, and systemd listens
             workers=settings.processes,
             loop="uvloop",
             http=PatientProtocol,
@@ -143,5 +150,6 @@ def serve(settings: Settings) -> None:
             server_header=False,
             proxy_headers=False,  # server/api/proxies.py decides whom to believe; uvicorn would believe everybody on this machine
             timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=_GRACEFUL_STOP_SECONDS,
+            timeout_graceful_shutdown=settings.stop_grace_seconds,
+            timeout_worker_healthcheck=_SILENCE_SECONDS,
         )

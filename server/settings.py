@@ -47,6 +47,14 @@ class Settings:
     host: str = setting("127.0.0.1", "Address to listen on. Put nginx in front before you change it.")
     port: int = setting(3001, "TCP port to listen on; 0 picks a free one.", read=values.whole, at_least=0, at_most=65_535)
     processes: int = setting(1, "Server processes. One serves one core; the state is all in PostgreSQL.", read=values.whole, at_least=1)
+    stop_grace_seconds: int = setting(
+        30,
+        "How long a server that is told to stop lets its running requests finish. What it cuts off is as if it had crashed: safe, but "
+        "told nobody. An upgrade waits so long for the old server's uploads, while the new one serves.",
+        read=values.whole,
+        at_least=1,
+        at_most=840,  # TimeoutStopSec= of systemd/coffer-api.service is a minute longer
+    )
     log_level: str = setting("info", "Least severe level that is logged: debug, info, warning, error.")
 
     default_quota_bytes: int | None = setting(

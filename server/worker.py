@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Awaitable, Callable
 
-from server import ledger, logs
+from server import ledger, logs, supervision
 from server.errors import CofferError
 from server.ledger import Database
 from server.ledger.queue import run_jobs
@@ -87,9 +87,12 @@ async def work(settings: Settings, make: Make, make_variant: MakeVariant, *, hea
         await ledger.purge_job_log(db, _BATCH)
 
     try:
-        await asyncio.gather(
-            _repeat(jobs, _WATCH_SECONDS, stopping), _repeat(watch, _WATCH_SECONDS, stopping), _repeat(purge, _PURGE_SECONDS, stopping)
-        )
+        async with supervision.supervised():
+            await asyncio.gather(
+                _repeat(jobs, _WATCH_SECONDS, stopping),
+                _repeat(watch, _WATCH_SECONDS, stopping),
+                _repeat(purge, _PURGE_SECONDS, stopping),
+            )
     finally:
         await asyncio.gather(*forgiving, tell(), return_exceptions=True)
         vault.close()

@@ -22,6 +22,8 @@ Receive = Callable[[], Awaitable[Message]]
 
 PATIENCE = "patience"  # under this name the application's state, which the server hands to every connection, holds the settings
 _NO_LINGERING = struct.pack("ii", 1, 0)  # on, for 0 seconds
+FAREWELL_SECONDS = 1.0
+"""How long a stopping server still takes one request on a connection that is idle: it may be on its way."""
 _LOOKS = 4  # per shortest grace: what is due is found that much later at most
 
 
@@ -131,6 +133,8 @@ class PatientProtocol(SendfileProtocol):
         self._unread_bytes = 0
         self._unread_since = 0.0
         self._watch: asyncio.TimerHandle | None = None
+        self._is_stopping = False
+        self._farewell: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """A client is here, and is watched until it has gone."""
@@ -142,12 +146,27 @@ class PatientProtocol(SendfileProtocol):
         if self._watch is not None:
             self._watch.cancel()
             self._watch = None
+        if self._farewell is not None:
+            self._farewell.cancel()
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
-        """The server stops: event streams, which would not end by themselves, are to end."""
+        """The server stops: the answer that is under way, or comes next, is this connection's last, and says so.
+
+        An idle connection is not closed at once: a proxy or a client that is just sending would have to take that for a failure. Event
+        streams, which would not end by themselves, are to end.
+        """
         self.app_state[STREAMS].stopping.set()
-        super().shutdown()
+        self._is_stopping = True
+        if self._is_answered():
+            self._farewell = self.loop.call_later(FAREWELL_SECONDS, self._part)
+        else:
+            super().shutdown()
+
+    def _part(self) -> None:
+        """Closes the connection, unless a request has begun to come: that is answered, or ends as any other that does not go on."""
+        if self._is_answered() and not self._in_message:
+            self.transport.close()
 
     def on_message_begin(self) -> None:
         """The time that a head may take begins with its first byte, unless its client was being waited for already."""
@@ -160,6 +179,8 @@ class PatientProtocol(SendfileProtocol):
         """From here on the handler knows what it waits for."""
         self._due = None
         super().on_headers_complete()
+        if self._is_stopping:
+            self.cycle.keep_alive = False
 
     def on_message_complete(self) -> None:
         """The request is here to its end."""
