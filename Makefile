@@ -29,6 +29,9 @@ TEST_PACKAGES := curl=curl openssl=openssl strace=strace clamd=clamav-daemon chr
 	nginx=nginx-light $(LUA_MODULE)=libnginx-mod-http-lua restic=restic mkfs.xfs=xfsprogs \
 	systemd-analyze=systemd
 
+# Steps for `make try-install`, by name
+TRY ?=
+
 VENV := .venv
 RUN := $(VENV)/bin/python
 # The lock's sets build on each other: each is the file's text up to the end of its section.
@@ -44,6 +47,23 @@ run: $(RUNNING)  ## start everything and print the first upload's commands (PORT
 .PHONY: stop
 stop:  ## stop what `make run` started (DATA=.coffer)
 	@if [[ -x $(RUN) ]]; then exec $(RUN) -m ops.run stop --data "$(DATA)"; else echo "coffer: nothing was ever started here"; fi
+
+##@ On a server (Debian with systemd, as root)
+
+# What would be done: make install REHEARSE=--rehearse
+REHEARSE ?=
+
+.PHONY: install
+install:  ## install Coffer with PostgreSQL, units and timers, or bring them in order again (VOLUME= DATABASE_URL= EDGE=)
+	@VOLUME="$(VOLUME)" DATABASE_URL="$(DATABASE_URL)" EDGE="$(EDGE)" exec ops/install.sh $(REHEARSE) install
+
+.PHONY: upgrade
+upgrade:  ## bring this version into use, while requests go on
+	@exec ops/install.sh $(REHEARSE) upgrade
+
+.PHONY: uninstall
+uninstall:  ## take Coffer away again; settings, database and files stay
+	@exec ops/install.sh $(REHEARSE) uninstall
 
 ##@ Working on Coffer
 
@@ -73,6 +93,10 @@ attack: $(DEVELOPING) test-packages  ## try what must be refused against a runni
 torture: $(DEVELOPING)  ## break what may break under a running server, at length (TORTURE="1 2" for some)
 	@$(RUN) -m tests.torture $(TORTURE)
 
+.PHONY: try-install
+try-install:  ## on a Debian to throw away, as root: install, use, break, upgrade, reboot, uninstall (TRY="use upgrade" for some)
+	@exec python3 -m tests.machine $(TRY)
+
 .PHONY: bench
 bench: $(DEVELOPING)  ## measure the speed, as ratios within one session
 	@$(RUN) -m tests.bench $(BENCH)
@@ -93,7 +117,7 @@ clean:  ## remove what can be made again; data in DATA stays
 
 .PHONY: help
 help:
-	@awk 'BEGIN { FS = ":.*  ## " } /^##@ / { print "\n" substr($$0, 5) } /^[a-z-]+:.*  ## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk 'BEGIN { FS = ":.*  ## " } /^##@ / { print "\n" substr($$0, 5) } /^[a-z-]+:.*  ## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 .PHONY: test-packages
 test-packages:
