@@ -22,11 +22,13 @@ ATTACK ?=
 # Faults for `make torture`, by number: make torture TORTURE="1 2"
 TORTURE ?=
 # Commands that tests run, with their Debian packages: strace shows the order of system calls, curl and openssl run the tours of the README,
-# clamd scans uploads, Chromium is the browser in which no stored byte may run, Node runs the tus clients of tests/tus/clients, and nginx
-# with its Lua module is the edge. What is no command stands with its path.
+# clamd scans uploads, Chromium is the browser in which no stored byte may run, Node runs the tus clients of tests/tus/clients, nginx with
+# its Lua module is the edge, restic keeps backups, promtool fires the alerts of ops/monitoring and amtool sends them where
+# they belong, disks get XFS, and systemd reads its units.
+# What is no command stands with its path.
 LUA_MODULE := /usr/lib/nginx/modules/ngx_http_lua_module.so
 TEST_PACKAGES := curl=curl openssl=openssl strace=strace clamd=clamav-daemon chromium=chromium node=nodejs npm=npm \
-	nginx=nginx-light $(LUA_MODULE)=libnginx-mod-http-lua restic=restic mkfs.xfs=xfsprogs \
+	nginx=nginx-light $(LUA_MODULE)=libnginx-mod-http-lua restic=restic promtool=prometheus amtool=prometheus-alertmanager mkfs.xfs=xfsprogs \
 	systemd-analyze=systemd
 
 # Steps for `make try-install`, by name
