@@ -50,6 +50,7 @@ class Buckets:
         """Within `shared_by_processes`, that memory; otherwise memory of this object's own."""
         path = os.environ.get(_VARIABLE)
         self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC) if path else _new_memory()
+        self._is_shared = path is not None  # a lock of memory that nobody else has would cost more than all the rest
         self._memory = mmap.mmap(self._fd, _MEMORY_BYTES)
         self._key = self._memory[:_KEY_BYTES]
         self._clock = clock
@@ -67,7 +68,8 @@ class Buckets:
         capacity = unit * rate.requests
         number = int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8, key=self._key).digest(), "little")
         start = _KEY_BYTES + number % GROUPS * _GROUP.size
-        fcntl.lockf(self._fd, fcntl.LOCK_EX, _GROUP.size, start)
+        if self._is_shared:
+            fcntl.lockf(self._fd, fcntl.LOCK_EX, _GROUP.size, start)
         try:
             group = _GROUP.unpack_from(self._memory, start)
             now = self._clock()
@@ -85,7 +87,8 @@ class Buckets:
                 missing += unit
                 _SLOT.pack_into(self._memory, start + (_SLOTS + slot) * _SLOT.size, now + missing)
         finally:
-            fcntl.lockf(self._fd, fcntl.LOCK_UN, _GROUP.size, start)
+            if self._is_shared:
+                fcntl.lockf(self._fd, fcntl.LOCK_UN, _GROUP.size, start)
         remaining, towards_next = divmod(capacity - missing, unit)
         return Standing(admitted, remaining, -((towards_next - unit) // _NS))
 

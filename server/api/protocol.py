@@ -1,7 +1,7 @@
 """uvicorn's HTTP protocol, with a read buffer that suits uploads, a bound on everything that is not a body, and our own refusals."""
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from uuid_utils import uuid7
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 READ_AHEAD_BYTES = 128 * 1024  # per connection; the event loop reads up to 250 KiB at once, so at most that much more waits
 # nginx takes 32 KiB by default. The parser keeps what it has of a head, so without a bound one endless header fills the memory.
 MOST_HEAD_BYTES = 64 * 1024
+
+_DECIDING = frozenset({b"content-length", b"transfer-encoding", b"connection"})  # how the answer ends
 
 log = logging.getLogger("coffer.api")
 
@@ -28,6 +30,34 @@ class UploadCycle(RequestResponseCycle):
             return message
         rest, self.body = bytes(self.body), bytearray()
         return {"type": "http.request", "body": rest, "more_body": self.more_body}
+
+    async def send(self, message: Any) -> None:
+        """As the server's, which looks at every header by itself: a head that says how long its body is is looked at as a whole."""
+        if message["type"] != "http.response.start" or self.response_started or self.flow.write_paused or self.disconnected:
+            await super().send(message)
+            return
+        headers = [*self.default_headers, *message["headers"]]
+        lengths = [value for name, value in headers if name in _DECIDING]
+        if len(lengths) != 1 or not lengths[0].isdigit():
+            await super().send(message)
+            return
+        self.start_answer()
+        self.chunked_encoding, self.expected_content_length = False, int(lengths[0])
+        self.transport.write(self.encoded(message["status"], headers))
+
+    def start_answer(self) -> None:
+        """From here on the client is being answered."""
+        self.response_started = True
+        self.waiting_for_100_continue = False
+
+    def encoded(self, status: int, headers: list[tuple[bytes, bytes]]) -> bytes:
+        """The bytes of a head. Raises `RuntimeError` for a header that is not one line, which would let its author write others."""
+        if not self.keep_alive:
+            headers.append((b"connection", b"close"))
+        head = b"".join([STATUS_LINE[status], *[b"%b: %b\r\n" % each for each in headers], b"\r\n"])
+        if head.count(b"\n") != len(headers) + 2 or head.count(b"\r") != len(headers) + 2 or b"\0" in head:
+            raise RuntimeError("a header's value is not one line")
+        return head
 
 
 class UploadProtocol(HttpToolsProtocol):

@@ -32,6 +32,7 @@ _NOT_FROM_OUTSIDE = (
 _FROM_OUTSIDE = frozenset({b"x-http-method-override"})  # tus has it, for clients that cannot send PATCH; its door alone reads it
 _MOST_PROXIES = 16  # in a row; what lies behind more is not looked for
 _LONGEST_HOP = 256
+_MOST_REMEMBERED = 1_024  # addresses, and lists of them: reading one takes longer than all the rest
 
 # RFC 7239, section 4: `token=token` or `token="quoted"`, separated by semicolons.
 _PAIR = re.compile(r'\s*([A-Za-z]+)=(?:"([^"\\]*)"|([^\s";,=]+))\s*')
@@ -44,7 +45,8 @@ class Proxies:
     def __init__(self, settings: Settings) -> None:
         self._trusted = settings.trusted_proxies
         self._rfc_7239 = settings.proxy_header == "forwarded"
-        self._trusts = lru_cache(maxsize=1024)(self._is_trusted)
+        self._trusts = lru_cache(_MOST_REMEMBERED)(self._is_trusted)
+        self._client = lru_cache(_MOST_REMEMBERED)(self._client_of)
 
     def settle(self, scope: MutableMapping[str, Any]) -> None:
         """Sets `client` and `scheme` to what trusted proxies say of them, and takes every forwarding and internal header out.
@@ -69,25 +71,28 @@ class Proxies:
         if self._rfc_7239:
             client, scheme = self._rfc_7239_client(_joined(headers, b"forwarded"))
         else:
-            client = self._client(_joined(headers, b"x-forwarded-for").rsplit(",", _MOST_PROXIES)[-_MOST_PROXIES:])
+            client = self._client(_joined(headers, b"x-forwarded-for"))
             scheme = _joined(headers, b"x-forwarded-proto").rpartition(",")[2].strip().lower()
         if client is not None:
-            scope["client"] = (str(client), 0)
+            scope["client"] = (client, 0)
         if scheme in ("http", "https"):
             scope["scheme"] = scheme
 
-    def _rfc_7239_client(self, value: str) -> tuple[Address | None, str]:
+    def _rfc_7239_client(self, value: str) -> tuple[str | None, str]:
         elements = [_pairs(element) for element in value.rsplit(",", _MOST_PROXIES)[-_MOST_PROXIES:]]
-        return self._client([element.get("for", "") for element in elements]), elements[-1].get("proto", "").lower()
+        return self._right_most([element.get("for", "") for element in elements]), elements[-1].get("proto", "").lower()
 
-    def _client(self, hops: list[str]) -> Address | None:
+    def _client_of(self, value: str) -> str | None:
+        return self._right_most(value.rsplit(",", _MOST_PROXIES)[-_MOST_PROXIES:])
+
+    def _right_most(self, hops: list[str]) -> str | None:
         """The right-most that is no trusted proxy; if all are, the left-most. None where one that matters is no address."""
         address = None
         for hop in reversed(hops):
             address = _address(hop)
             if address is None or not self._trusts(str(address)):
                 break
-        return address
+        return None if address is None else str(address)
 
     def _is_trusted(self, text: str) -> bool:
         try:

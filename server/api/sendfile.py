@@ -12,8 +12,6 @@ import socket
 from collections.abc import MutableMapping
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE
-
 from server.api.protocol import UploadCycle, UploadProtocol
 from server.errors import Damaged
 
@@ -54,19 +52,10 @@ class FileCycle(UploadCycle):
         if message["type"] == EXTENSION:
             await self._send_file(message["file"], message["offset"], message["count"])
         elif HEAD_WAITS in message and not self.response_started:
-            self._head = self._encoded(message["status"], self.default_headers + list(message["headers"]))
-            self.response_started = True
-            self.waiting_for_100_continue = False
+            self._head = self.encoded(message["status"], [*self.default_headers, *message["headers"]])
+            self.start_answer()
         else:
             await super().send(message)
-
-    def _encoded(self, status: int, headers: list[tuple[bytes, bytes]]) -> bytes:
-        if not self.keep_alive:
-            headers.append((b"connection", b"close"))
-        head = b"".join([STATUS_LINE[status], *[b"%b: %b\r\n" % each for each in headers], b"\r\n"])
-        if head.count(b"\n") != len(headers) + 2 or head.count(b"\r") != len(headers) + 2 or b"\0" in head:
-            raise RuntimeError("a header's value is not one line")
-        return head
 
     async def _send_file(self, file: Any, offset: int, count: int) -> None:
         if self._head is None or self.response_complete:

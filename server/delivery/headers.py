@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import format_datetime
+from functools import lru_cache
 from typing import Literal, Protocol
 from urllib.parse import quote
 
@@ -74,6 +75,7 @@ def etag(sha256: bytes, preview: str | None = None) -> str:
     return f'"{sha256.hex()}"' if preview is None else f'W/"{sha256.hex()}-{preview}"'
 
 
+@lru_cache(4_096)
 def last_modified(changed_at: datetime) -> str:
     """An aware time as an HTTP-date, rounded down to the second."""
     return format_datetime(changed_at.astimezone(UTC), usegmt=True)

@@ -114,7 +114,10 @@ def bare(scratch: Path) -> Iterator[Peer]:
 
 @contextmanager
 def nginx(scratch: Path) -> Iterator[Peer]:
-    """nginx with its DAV module: it receives into a temporary file and renames it, without hashing or syncing."""
+    """nginx with its DAV module: it receives into a temporary file and renames it, without hashing or syncing.
+
+    `sendfile`, `tcp_nopush` and a worker for each processor are what Debian's nginx.conf has.
+    """
     program = debian_program("nginx", "usr/sbin/nginx", scratch)
     directory, port, log = scratch / "nginx", free_port(), scratch / "nginx.log"
     (directory / "root").mkdir(parents=True)
@@ -125,7 +128,7 @@ def nginx(scratch: Path) -> Iterator[Peer]:
         {user} daemon off; worker_processes 2; pid {directory}/pid; error_log stderr;
         events {{ worker_connections 512; }}
         http {{
-            access_log off; sendfile on; client_max_body_size 0; keepalive_requests 1000000; {temporary}
+            access_log off; sendfile on; tcp_nopush on; client_max_body_size 0; keepalive_requests 1000000; {temporary}
             server {{
                 listen 127.0.0.1:{port}; root {directory}/root;
                 location / {{ dav_methods PUT; create_full_put_path on; dav_access user:rw; }}

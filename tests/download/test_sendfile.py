@@ -1,5 +1,6 @@
 """Files that the kernel sends: the same answers as those that are read and sent, on every kind of connection."""
 
+import asyncio
 import json
 import os
 import socket
@@ -14,6 +15,7 @@ from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import Mock
 
 import httpx
 import pytest
@@ -398,10 +400,25 @@ def test_an_answer_that_cannot_go_on_is_cut(
 def test_a_header_of_two_lines_is_refused() -> None:
     cycle = sendfile.FileCycle.__new__(sendfile.FileCycle)
     cycle.keep_alive = True
-    assert cycle._encoded(206, [(b"a", b"b")]) == b"HTTP/1.1 206 Partial Content\r\na: b\r\n\r\n"
+    assert cycle.encoded(206, [(b"a", b"b")]) == b"HTTP/1.1 206 Partial Content\r\na: b\r\n\r\n"
     for value in (b"x\r\ny: z", b"x\ny", b"x\ry", b"x\0"):
         with pytest.raises(RuntimeError):
-            cycle._encoded(200, [(b"a", value)])
+            cycle.encoded(200, [(b"a", value)])
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("says_its_length", [True, False])
+async def test_an_answer_that_says_so_ends_its_connection(says_its_length: bool) -> None:
+    transport = Mock()
+    named = {"transport": transport, "flow": Mock(write_paused=False), "logger": Mock(), "access_logger": Mock(), "access_log": False}
+    named |= {"default_headers": [(b"a", b"b")], "message_event": asyncio.Event(), "on_response": Mock()}
+    cycle = sendfile.FileCycle({"method": "GET"}, expect_100_continue=False, keep_alive=True, **named)  # type: ignore[typeddict-item,arg-type]
+    length = [(b"content-length", b"2")] if says_its_length else [(b"transfer-encoding", b"chunked")]
+    await cycle.send({"type": "http.response.start", "status": 408, "headers": [(b"connection", b"close"), *length]})
+    transport.close.assert_not_called()
+    await cycle.send({"type": "http.response.body", "body": b"ok"})
+    transport.close.assert_called_once()
+    assert b"".join(call.args[0] for call in transport.write.mock_calls).count(b"connection") == 1
 
 
 def self_signed(directory: Path) -> tuple[Path, Path]:
