@@ -102,6 +102,18 @@ class InvalidRequest(CofferError):
 
 
 @dataclass(slots=True, eq=False)
+class UrlRefused(CofferError):
+    """A URL that Coffer is to fetch, or to send to, and may not: by its form, its host, or where that leads. `reason` is in plain words."""
+
+    code = "url_refused"
+    title = "This URL may not be fetched."
+    reason: str
+
+    def __str__(self) -> str:
+        return f"url: {self.reason}"
+
+
+@dataclass(slots=True, eq=False)
 class NotFound(CofferError):
     """The thing does not exist, or belongs to somebody else: the answers are the same (P4)."""
 

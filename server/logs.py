@@ -93,6 +93,7 @@ def configure(level: str) -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # at info it logs whole URLs, queries included
+    logging.getLogger("httpcore").setLevel(logging.WARNING)  # and this at debug the headers of answers, where a redirect's URL stands
     _access_is_logged = logging.getLogger("coffer.access").isEnabledFor(logging.INFO)
 
 

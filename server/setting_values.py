@@ -176,6 +176,15 @@ def networks(text: str) -> tuple[IPv4Network | IPv6Network, ...]:
     return found
 
 
+def hosts(text: str) -> tuple[str, ...]:
+    """Names of hosts, or `*.` and a name for all below it."""
+    found = words(text.lower())
+    for each in found:
+        if not re.fullmatch(r"(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*", each):
+            raise ValueError("say names of hosts, such as files.example.com *.example.org, without scheme and port")
+    return found
+
+
 _OWN_PORT = re.compile(r"http://.*:80|https://.*:443")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
 

@@ -326,6 +326,22 @@ class Settings:
         read=values.whole,
         at_least=0,
     )
+    fetch_hosts: tuple[str, ...] = setting(
+        (),
+        "Hosts that URLs may name which Coffer fetches or sends to, `*.example.com` for all below one; empty permits all.",
+        read=values.hosts,
+    )
+    fetch_private_networks: tuple[IPv4Network | IPv6Network, ...] = setting(
+        (),
+        "Networks that may be fetched from and sent to although they are not public, by http too, e.g. 10.1.2.0/24.",
+        read=values.networks,
+    )
+    fetch_seconds: int = setting(
+        3_600, "How long fetching one file from a URL may take, with all that is tried again.", read=values.whole, at_least=1
+    )
+    fetch_bytes_per_second: int | None = setting(
+        None, "Most bytes a second of one such fetch; `unlimited` for any number.", read=values.optional_whole, at_least=1
+    )
     audit_log_days: int = setting(
         400,
         "How long the audit trail keeps a record, in days; 0 for ever. Not less than 30: the database itself keeps those.",

@@ -25,6 +25,7 @@ STATUS: dict[type[CofferError], int] = {
     errors.UserUnknown: 403,
     errors.TokenKeysUnavailable: 503,
     errors.InvalidRequest: 400,
+    errors.UrlRefused: 400,
     errors.NotFound: 404,
     errors.NoPreview: 404,
     errors.PreviewPending: 503,
