@@ -89,6 +89,30 @@ begin
 end
 $$;
 
+CREATE FUNCTION public.cancel_job_v1(p_user_id text, p_job_id uuid, p_actor jsonb) RETURNS text
+    LANGUAGE plpgsql
+    SET search_path TO 'public', 'pg_temp'
+    AS $$
+-- Cancels a job that has not ended. Returns the state that it is in afterwards; null when there is no such job of the user. What is stored
+-- stays.
+declare
+    job generation_jobs;
+begin
+    perform from uploads where job_id = p_job_id and user_id = p_user_id order by id for update;
+    select * into job from generation_jobs where id = p_job_id and user_id = p_user_id for no key update;
+    if not found or job.finished_at is not null then
+        return job.state;
+    end if;
+    update generation_jobs set state = 'cancelled', finished_at = clock_timestamp() where id = p_job_id;
+    perform give_up_outputs_v1(p_job_id, 'cancelled', true);
+    perform raise_job_event_v1(p_job_id);
+    insert into audit_log (action, user_id, file_id, detail, actor_kind, actor_id, acting_user_id, address, request_id)
+    select 'job.cancelled', p_user_id, null, jsonb_build_object('job_id', p_job_id), a.* from actor_of_v1(p_actor) a;
+    perform pg_notify('coffer_notice', 'job/' || p_job_id);
+    return 'cancelled';
+end
+$$;
+
 CREATE FUNCTION public.charge_previews_v1(p_user_id character varying, p_bytes bigint) RETURNS void
     LANGUAGE sql
     SET search_path TO 'public', 'pg_temp'
@@ -226,6 +250,49 @@ begin
     select new.user_id, clock_timestamp(), (new.became ->> 'total_bytes')::bigint - coalesce(history, 0), (new.became ->> 'total_bytes')::bigint
      where (new.became ->> 'total_bytes')::bigint <> coalesce(history, 0);
     return new;
+end
+$$;
+
+CREATE FUNCTION public.create_job_v1(p_id uuid, p_user_id text, p_volume_id uuid, p_job jsonb, p_file_ids uuid[], p_outputs jsonb, p_links jsonb, p_ttl_seconds double precision, p_lease_seconds double precision, p_idempotency_key text, p_most_links integer, p_actor jsonb) RETURNS uuid
+    LANGUAGE plpgsql
+    SET search_path TO 'public', 'pg_temp'
+    AS $$
+-- Registers a job and reserves room for all of its outputs, in one transaction: both or neither. Returns its id, or that of the job which
+-- the idempotency key has made before.
+-- Locks: the user's row, by the quota triggers. `p_most_links` limits the user's upload links, with these.
+declare
+    known uuid;
+begin
+    insert into generation_jobs (id, user_id, pipeline, entity_type, entity_id, project_id, media_types, model_used, prompt_used, generation_params,
+                                 reference_ids, parent_id, callback_url, callback_secret, callback_state, output_count, idempotency_key,
+                                 expires_at)
+    select p_id, p_user_id, r.pipeline, r.entity_type, r.entity_id, r.project_id, r.media_types, r.model_used, r.prompt_used, r.generation_params,
+           r.reference_ids, r.parent_id, r.callback_url, r.callback_secret, case when r.callback_url is not null then 'waiting' end,
+           cardinality(p_file_ids), p_idempotency_key, clock_timestamp() + make_interval(secs => p_ttl_seconds)
+      from jsonb_populate_record(null::generation_jobs, p_job) r
+    on conflict (user_id, idempotency_key) where idempotency_key is not null do nothing;
+    if not found then
+        select id into known from generation_jobs where user_id = p_user_id and idempotency_key = p_idempotency_key;
+        return known;
+    end if;
+    insert into generation_outputs (job_id, output_index, file_id, media_type, max_bytes)
+    select p_id, o.place - 1, p_file_ids[o.place], o.output ->> 'media_type', (o.output ->> 'max_bytes')::bigint
+      from jsonb_array_elements(p_outputs) with ordinality o (output, place);
+    insert into uploads (id, user_id, volume_id, reserved_bytes, expires_at, link, job_id)
+    select p_file_ids[o.place], p_user_id, p_volume_id, (o.output ->> 'max_bytes')::bigint,
+           clock_timestamp() + make_interval(secs => p_ttl_seconds + p_lease_seconds), p_links -> (o.place - 1)::integer, p_id
+      from jsonb_array_elements(p_outputs) with ordinality o (output, place);
+    perform limit_uploads_v1(p_user_id, null, p_most_links);
+    insert into pgqueuer (priority, status, entrypoint, payload, dedupe_key)
+    select 0, 'queued', 'generation', convert_to('dispatch ' || p_id, 'UTF8'), 'dispatch:' || p_id
+     where (p_job ->> 'dispatched')::boolean
+    on conflict do nothing;
+    insert into audit_log (action, user_id, file_id, detail, actor_kind, actor_id, acting_user_id, address, request_id)
+    select 'job.created', p_user_id, null,
+           jsonb_build_object('job_id', p_id, 'outputs', cardinality(p_file_ids),
+                              'max_bytes', (select sum((o ->> 'max_bytes')::bigint) from jsonb_array_elements(p_outputs) o)), a.*
+      from actor_of_v1(p_actor) a;
+    return p_id;
 end
 $$;
 
@@ -377,6 +444,84 @@ begin
 end
 $$;
 
+CREATE FUNCTION public.fail_output_v1(p_file_id uuid, p_reason text) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'public', 'pg_temp'
+    AS $$
+-- An output that will not come. One that is settled stays so.
+declare
+    job uuid;
+begin
+    perform from uploads where id = p_file_id for update;
+    select job_id into job from generation_outputs where file_id = p_file_id;
+    perform from generation_jobs where id = job for no key update;
+    update generation_outputs set state = 'failed', reason = p_reason, settled_at = clock_timestamp()
+     where file_id = p_file_id and state in ('awaited', 'fetching');
+    delete from uploads where id = p_file_id and job_id is not null;
+    perform settle_job_v1(job);
+    perform pg_notify('coffer_notice', 'job/' || job);
+end
+$$;
+
+CREATE FUNCTION public.fetch_output_v1(p_job_id uuid, p_output_index integer, p_url text) RETURNS text
+    LANGUAGE plpgsql
+    SET search_path TO 'public', 'pg_temp'
+    AS $$
+-- Notes where an output is to be fetched from, and has the worker do it. Returns the state of the output; null when there is none. Only the
+-- first URL counts.
+declare
+    output generation_outputs;
+begin
+    update generation_outputs o set state = 'fetching', url = p_url
+      from generation_jobs j
+     where o.job_id = p_job_id and o.output_index = p_output_index and o.state = 'awaited'
+       and j.id = o.job_id and j.finished_at is null and j.expires_at > clock_timestamp()
+    returning o.* into output;
+    if found then
+        insert into pgqueuer (priority, status, entrypoint, payload, dedupe_key)
+        values (0, 'queued', 'generation', convert_to('fetch ' || output.file_id, 'UTF8'), 'fetch:' || output.file_id)
+        on conflict do nothing;
+        return 'fetching';
+    end if;
+    return (select state from generation_outputs where job_id = p_job_id and output_index = p_output_index);
+end
+$$;
+
+CREATE FUNCTION public.forget_media_v1() RETURNS trigger
+    LANGUAGE plpgsql
+    SET search_path TO 'public', 'pg_temp'
+    AS $$
+-- Invariant: what is remembered of a file goes with it, prompt and all.
+-- Fires: after each DELETE from user_files, once per statement. Locks: the rows it deletes. Cost: a probe for each file.
+-- Why not Python: cascades and psql delete files, too.
+begin
+    delete from generated_media m using old_rows o where m.file_id = o.id;
+    return null;
+end
+$$;
+
+CREATE FUNCTION public.give_up_outputs_v1(p_job_id uuid, p_reason text, p_in_use boolean) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'public', 'pg_temp'
+    AS $$
+-- Gives up those outputs of a job that nothing has come of, and their reservations. One that somebody is sending at this moment only with
+-- `p_in_use`: it then stores nothing. What is being fetched counts as in use.
+-- Locks: the uploads in the order of their ids, then the job.
+declare
+    given_up uuid[];
+begin
+    select array_agg(l.id) into given_up
+      from (select u.id from uploads u where u.job_id = p_job_id
+               and (p_in_use or ((u.claimed_until is null or u.claimed_until < clock_timestamp())
+                                 and not exists (select from generation_outputs o where o.file_id = u.id and o.state = 'fetching')))
+             order by u.id for update) l;
+    perform from generation_jobs where id = p_job_id for no key update;
+    update generation_outputs set state = 'failed', reason = p_reason, settled_at = clock_timestamp()
+     where file_id = any (given_up) and state in ('awaited', 'fetching');
+    delete from uploads where id = any (given_up);
+end
+$$;
+
 CREATE FUNCTION public.join_resumable_uploads_v1(p_id uuid, p_user_id text, p_parts uuid[], p_upload_metadata text, p_details jsonb, p_kinds text[], p_lifetime_seconds double precision) RETURNS timestamp with time zone
     LANGUAGE plpgsql
     SET search_path TO 'public', 'pg_temp'
@@ -440,6 +585,22 @@ begin
     end if;
     raise exception '% of audit_log is refused', tg_op
         using errcode = 'CF006', hint = 'Records leave by age alone, oldest first: see COFFER_AUDIT_LOG_DAYS.';
+end
+$$;
+
+CREATE FUNCTION public.keep_job_order_v1() RETURNS trigger
+    LANGUAGE plpgsql
+    AS $$
+-- Invariant: queued comes before running, and each before one end, which is final; an output's end is final, too.
+-- Fires: before each row of an UPDATE of generation_jobs or generation_outputs that changes the state. Locks: none. Cost: a microsecond.
+-- Why not Python: a late message, a cancellation and an upload's end come at the same moment, in several processes.
+begin
+    if (tg_table_name = 'generation_jobs' and (old.state = 'queued' or (old.state = 'running' and new.state <> 'queued')))
+       or (tg_table_name = 'generation_outputs' and old.state in ('awaited', 'fetching')) then
+        return new;
+    end if;
+    raise exception 'a row of % is % and does not become %', tg_table_name, old.state, new.state
+        using errcode = 'CF007', hint = 'What has ended stays so; begin another job.';
 end
 $$;
 
@@ -606,6 +767,39 @@ begin
 end
 $$;
 
+CREATE FUNCTION public.output_ended_v1() RETURNS trigger
+    LANGUAGE plpgsql
+    SET search_path TO 'public', 'pg_temp'
+    AS $$
+-- Invariant: an output is settled by the very transaction that ends its reservation: stored if its file is there, failed if not. A stored
+--   one is remembered in generated_media.
+-- Fires: after each row of a DELETE from uploads that is a job's; the WHEN clause costs other uploads nothing.
+-- Locks: the job's row, after the upload's and before the user's. Whoever changes a job locks in this order.
+-- Cost: about 200 microseconds for an output; none for other uploads.
+-- Why not Python: links, tus, webhooks, fetches, expiry, cancellation and psql all end reservations.
+declare
+    has_come constant boolean := exists (select from user_files f where f.id = old.id);
+begin
+    perform from generation_jobs where id = old.job_id for no key update;
+    update generation_outputs
+       set state = case when has_come then 'stored' else 'failed' end,
+           reason = case when has_come then null when old.expires_at <= clock_timestamp() then 'expired' else 'closed' end,
+           settled_at = clock_timestamp()
+     where file_id = old.id and state in ('awaited', 'fetching');
+    if found then
+        insert into generated_media (id, user_id, file_id, job_id, output_index, entity_type, entity_id, project_id, media_type, source_type,
+                                     model_used, prompt_used, generation_params, credits_used, original_url, reference_ids, parent_id, root_id)
+        select f.id, f.user_id, f.id, j.id, o.output_index, j.entity_type, j.entity_id, j.project_id, f.file_type, 'generated',
+               j.model_used, j.prompt_used, j.generation_params, j.credits_used / j.output_count, o.url, j.reference_ids, j.parent_id,
+               coalesce((select p.root_id from generated_media p where p.id = j.parent_id), f.id)
+          from generation_outputs o join generation_jobs j on j.id = o.job_id join user_files f on f.id = o.file_id
+         where o.file_id = old.id and o.state = 'stored';
+        perform settle_job_v1(old.job_id);
+    end if;
+    return null;
+end
+$$;
+
 CREATE FUNCTION public.previews_deleted_v1() RETURNS trigger
     LANGUAGE plpgsql
     SET search_path TO 'public', 'pg_temp'
@@ -643,6 +837,44 @@ begin
                      select o.user_id, -o.size_bytes from old_rows o) m
               group by m.user_id order by m.user_id) d;
     return null;
+end
+$$;
+
+CREATE FUNCTION public.raise_event_v1(p_user_id text, p_type text, p_file_id uuid, p_payload jsonb) RETURNS bigint
+    LANGUAGE sql
+    SET search_path TO 'public', 'pg_temp'
+    AS $$
+-- Appends an event where no statement of a file's does: of a job (payload with `job_id`). Returns its id. Call it in the transaction of what
+-- happened. Nothing secret may stand in the payload: it leaves the house. Nothing for a user who is gone or going: the lock, which the quota
+-- triggers take too, keeps an erasure from beginning before the event is there for it to find.
+insert into events (user_id, type, file_id, payload)
+select u.user_id, p_type, p_file_id, p_payload from user_storage u where u.user_id = p_user_id and u.erasing_at is null for no key update
+returning id;
+$$;
+
+CREATE FUNCTION public.raise_job_event_v1(p_job_id uuid) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'public', 'pg_temp'
+    AS $$
+-- Tells the app that a job has ended, in the transaction that ended it: its endpoints by the event, and whom the job names besides. Without
+-- prompt, URLs and secrets. Locks: the job's row, then the user's.
+declare
+    told_event bigint;
+begin
+    select raise_event_v1(
+               j.user_id,
+               case when j.state in ('completed', 'partly_completed') then 'job.completed' when j.state = 'cancelled' then 'job.cancelled' else 'job.failed' end,
+               null,
+               jsonb_build_object(
+                   'job_id', j.id, 'state', j.state, 'entity_type', j.entity_type, 'entity_id', j.entity_id, 'project_id', j.project_id,
+                   'file_ids', (select coalesce(jsonb_agg(o.file_id order by o.output_index), '[]')
+                                  from generation_outputs o where o.job_id = j.id and o.state = 'stored')))
+      into told_event
+      from generation_jobs j where j.id = p_job_id and j.finished_at is not null;
+    update generation_jobs set callback_state = 'due' where id = p_job_id and callback_state = 'waiting' and told_event is not null;
+    if found then -- A delivery to it is one for an endpoint with the job's id: server/ledger/webhooks.py knows them both.
+        insert into webhook_deliveries (endpoint_id, event_id, order_key) values (p_job_id, told_event, p_job_id::text);
+    end if;
 end
 $$;
 
@@ -797,12 +1029,93 @@ begin
 end
 $$;
 
+CREATE FUNCTION public.report_job_v1(p_job_id uuid, p_sender text, p_message_id text, p_outcome text, p_progress_percent integer, p_credits_used numeric, p_error text) RETURNS text
+    LANGUAGE plpgsql
+    SET search_path TO 'public', 'pg_temp'
+    AS $$
+-- What a pipeline says of a job: `p_outcome` is `running`, `completed` or `failed`; null leaves the state. Once for each message, whose id
+-- is null where it is Coffer that asked. Returns `accepted`, `repeated`, or `late` when the job was given up. Progress never goes back.
+declare
+    job generation_jobs;
+begin
+    if p_message_id is not null then
+        insert into generation_messages (sender, message_id) values (p_sender, p_message_id) on conflict do nothing;
+        if not found then
+            return 'repeated';
+        end if;
+    end if;
+    perform from uploads where job_id = p_job_id order by id for update;
+    select * into job from generation_jobs where id = p_job_id for no key update;
+    if not found or job.state in ('failed', 'cancelled', 'expired') or (job.finished_at is null and job.expires_at <= clock_timestamp()) then
+        return 'late';
+    end if;
+    if job.finished_at is not null then -- The last output has ended it: what is left to say is what it cost.
+        p_outcome := null;
+        p_progress_percent := null;
+        p_error := null;
+    end if;
+    update generation_jobs
+       set state = case when p_outcome is not null then 'running' else state end,
+           started_at = case when p_outcome is not null then coalesce(started_at, clock_timestamp()) else started_at end,
+           progress_percent = greatest(progress_percent, coalesce(p_progress_percent, 0)),
+           credits_used = coalesce(p_credits_used, credits_used),
+           error = coalesce(p_error, error)
+     where id = p_job_id;
+    if p_credits_used is not null then
+        update generated_media set credits_used = p_credits_used / job.output_count where job_id = p_job_id;
+    end if;
+    if p_outcome in ('completed', 'failed') then
+        perform give_up_outputs_v1(p_job_id, case p_outcome when 'failed' then 'failed' else 'not_delivered' end, false);
+        perform settle_job_v1(p_job_id);
+    end if;
+    perform pg_notify('coffer_notice', 'job/' || p_job_id);
+    return 'accepted';
+end
+$$;
+
 CREATE FUNCTION public.search_key_v1(p_search text) RETURNS text
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
     AS $$
 -- What the suffixes of matching names begin with.
 select left(array_to_string(array_remove(
     regexp_split_to_array(lower(p_search), '[\x01-\x2f\x3a-\x40\x5b-\x60\x7b-\x7f\u3000]+'), ''), ' '), 64)
+$$;
+
+CREATE FUNCTION public.settle_job_v1(p_job_id uuid) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'public', 'pg_temp'
+    AS $$
+-- Ends a job none of whose outputs is open any more, and counts its progress.
+-- Locks: the job's row first, so that of two last outputs the second one's count sees the first.
+declare
+    job generation_jobs;
+    open_outputs integer;
+    stored_outputs integer;
+    expired_outputs integer;
+begin
+    select * into job from generation_jobs where id = p_job_id for no key update;
+    if not found or job.finished_at is not null then
+        return;
+    end if;
+    select count(*) filter (where o.state in ('awaited', 'fetching')), count(*) filter (where o.state = 'stored'),
+           count(*) filter (where o.reason = 'expired')
+      into open_outputs, stored_outputs, expired_outputs
+      from generation_outputs o where o.job_id = p_job_id;
+    update generation_jobs
+       set state = case when open_outputs > 0 then case when stored_outputs > 0 then 'running' else state end
+                        when stored_outputs = output_count then 'completed'
+                        when stored_outputs > 0 then 'partly_completed'
+                        when expired_outputs = output_count then 'expired'
+                        else 'failed' end,
+           progress_percent = case when stored_outputs = output_count then 100
+                                   else greatest(progress_percent, 100 * stored_outputs / output_count) end,
+           started_at = case when stored_outputs > 0 then coalesce(started_at, clock_timestamp()) else started_at end,
+           finished_at = case when open_outputs = 0 then clock_timestamp() end
+     where id = p_job_id;
+    if open_outputs = 0 then
+        perform raise_job_event_v1(p_job_id);
+    end if;
+end
 $$;
 
 CREATE FUNCTION public.trash_files_v1(p_user_id text, p_volume_id uuid, p_ids uuid[], p_generations integer[], p_new_generations integer[], p_new_paths text[], p_rule bigint, p_actor jsonb) RETURNS TABLE(file_id uuid, tombstone_id bigint, volume_id uuid, file_path text)
@@ -1161,7 +1474,6 @@ CREATE TABLE public.audit_log (
     request_id text,
     detail jsonb DEFAULT '{}'::jsonb NOT NULL,
     CONSTRAINT audit_log_action_plain CHECK ((action ~ '^[a-z_]{1,32}\.[a-z_]{1,32}$'::text)),
-    CONSTRAINT audit_log_actor_kind_known CHECK ((actor_kind = ANY (ARRAY['api_key'::text, 'user_token'::text, 'download_link'::text, 'upload_link'::text, 'public_link'::text, 'cli'::text, 'system'::text]))),
     CONSTRAINT audit_log_detail_small CHECK ((octet_length((detail)::text) <= 8192))
 );
 
@@ -1252,6 +1564,101 @@ ALTER TABLE public.events ALTER COLUMN id ADD GENERATED ALWAYS AS IDENTITY (
     NO MINVALUE
     NO MAXVALUE
     CACHE 1
+);
+
+CREATE TABLE public.generated_media (
+    id uuid NOT NULL,
+    user_id character varying(255) NOT NULL,
+    file_id uuid,
+    job_id uuid,
+    output_index integer,
+    entity_type character varying(64),
+    entity_id character varying(255),
+    project_id character varying(255),
+    media_type text NOT NULL,
+    source_type text NOT NULL,
+    model_used character varying(255),
+    prompt_used text,
+    generation_params jsonb DEFAULT '{}'::jsonb NOT NULL,
+    credits_used numeric,
+    original_url text,
+    is_accessible boolean DEFAULT true NOT NULL,
+    last_checked_at timestamp with time zone,
+    reference_ids uuid[] DEFAULT '{}'::uuid[] NOT NULL,
+    parent_id uuid,
+    root_id uuid NOT NULL,
+    is_primary boolean DEFAULT false NOT NULL,
+    created_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    prompt_words tsvector GENERATED ALWAYS AS (to_tsvector('simple'::regconfig, COALESCE(prompt_used, ''::text))) STORED NOT NULL,
+    CONSTRAINT generated_media_entity_is_whole CHECK (((entity_type IS NULL) = (entity_id IS NULL))),
+    CONSTRAINT generated_media_primary_has_entity CHECK (((NOT is_primary) OR (entity_id IS NOT NULL))),
+    CONSTRAINT generated_media_source_type_known CHECK ((source_type = ANY (ARRAY['generated'::text, 'linked'::text, 'replaced'::text, 'uploaded'::text])))
+);
+
+CREATE TABLE public.generation_jobs (
+    id uuid NOT NULL,
+    user_id character varying(255) NOT NULL,
+    pipeline character varying(64),
+    entity_type character varying(64),
+    entity_id character varying(255),
+    project_id character varying(255),
+    media_types text[] NOT NULL,
+    model_used character varying(255),
+    prompt_used text,
+    generation_params jsonb DEFAULT '{}'::jsonb NOT NULL,
+    reference_ids uuid[] DEFAULT '{}'::uuid[] NOT NULL,
+    parent_id uuid,
+    output_count integer NOT NULL,
+    state text DEFAULT 'queued'::text NOT NULL,
+    progress_percent integer DEFAULT 0 NOT NULL,
+    credits_used numeric,
+    error text,
+    remote_id character varying(512),
+    callback_url text,
+    callback_secret text,
+    callback_state text,
+    idempotency_key character varying(255),
+    created_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    started_at timestamp with time zone,
+    finished_at timestamp with time zone,
+    expires_at timestamp with time zone NOT NULL,
+    CONSTRAINT generation_jobs_callback_is_whole CHECK (((callback_url IS NULL) = (callback_state IS NULL))),
+    CONSTRAINT generation_jobs_callback_state_known CHECK ((callback_state = ANY (ARRAY['waiting'::text, 'due'::text, 'told'::text, 'failed'::text]))),
+    CONSTRAINT generation_jobs_callback_url_bounded CHECK ((char_length(callback_url) <= 4096)),
+    CONSTRAINT generation_jobs_credits_not_negative CHECK ((credits_used >= (0)::numeric)),
+    CONSTRAINT generation_jobs_ended_have_an_end CHECK (((finished_at IS NULL) = (state = ANY (ARRAY['queued'::text, 'running'::text])))),
+    CONSTRAINT generation_jobs_entity_is_whole CHECK (((entity_type IS NULL) = (entity_id IS NULL))),
+    CONSTRAINT generation_jobs_error_bounded CHECK ((char_length(error) <= 2000)),
+    CONSTRAINT generation_jobs_output_count_bounded CHECK (((output_count >= 1) AND (output_count <= 100))),
+    CONSTRAINT generation_jobs_params_are_object CHECK ((jsonb_typeof(generation_params) = 'object'::text)),
+    CONSTRAINT generation_jobs_pipeline_plain CHECK (((pipeline)::text ~ '^[a-z0-9][a-z0-9_-]*$'::text)),
+    CONSTRAINT generation_jobs_progress_is_percent CHECK (((progress_percent >= 0) AND (progress_percent <= 100))),
+    CONSTRAINT generation_jobs_prompt_used_bounded CHECK ((char_length(prompt_used) <= 20000)),
+    CONSTRAINT generation_jobs_state_known CHECK ((state = ANY (ARRAY['queued'::text, 'running'::text, 'completed'::text, 'partly_completed'::text, 'failed'::text, 'cancelled'::text, 'expired'::text])))
+);
+
+CREATE TABLE public.generation_messages (
+    sender text NOT NULL,
+    message_id text NOT NULL,
+    received_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    CONSTRAINT generation_messages_id_bounded CHECK ((char_length(message_id) <= 255))
+);
+
+CREATE TABLE public.generation_outputs (
+    job_id uuid NOT NULL,
+    output_index integer NOT NULL,
+    file_id uuid NOT NULL,
+    media_type text NOT NULL,
+    max_bytes bigint NOT NULL,
+    state text DEFAULT 'awaited'::text NOT NULL,
+    reason character varying(64),
+    url text,
+    settled_at timestamp with time zone,
+    CONSTRAINT generation_outputs_fetching_has_url CHECK (((state <> 'fetching'::text) OR (url IS NOT NULL))),
+    CONSTRAINT generation_outputs_index_not_negative CHECK ((output_index >= 0)),
+    CONSTRAINT generation_outputs_max_bytes_positive CHECK ((max_bytes > 0)),
+    CONSTRAINT generation_outputs_state_known CHECK ((state = ANY (ARRAY['awaited'::text, 'fetching'::text, 'stored'::text, 'failed'::text]))),
+    CONSTRAINT generation_outputs_url_bounded CHECK ((char_length(url) <= 4096))
 );
 
 ALTER TABLE public.lifecycle_rules ALTER COLUMN id ADD GENERATED ALWAYS AS IDENTITY (
@@ -1449,6 +1856,7 @@ CREATE TABLE public.uploads (
     link jsonb,
     claimed_until timestamp with time zone,
     is_resumable boolean DEFAULT false NOT NULL,
+    job_id uuid,
     CONSTRAINT uploads_reserved_bytes_not_negative CHECK ((reserved_bytes >= 0))
 );
 
@@ -1522,6 +1930,9 @@ ALTER TABLE ONLY public.pgqueuer_statistics ALTER COLUMN id SET DEFAULT nextval(
 ALTER TABLE ONLY public.api_keys
     ADD CONSTRAINT api_keys_pkey PRIMARY KEY (key_id);
 
+ALTER TABLE public.audit_log
+    ADD CONSTRAINT audit_log_actor_kind_known CHECK ((actor_kind = ANY (ARRAY['api_key'::text, 'user_token'::text, 'download_link'::text, 'upload_link'::text, 'public_link'::text, 'pipeline'::text, 'cli'::text, 'system'::text]))) NOT VALID;
+
 ALTER TABLE ONLY public.audit_log
     ADD CONSTRAINT audit_log_pkey PRIMARY KEY (at, id);
 
@@ -1539,6 +1950,18 @@ ALTER TABLE ONLY public.drills
 
 ALTER TABLE ONLY public.events
     ADD CONSTRAINT events_pkey PRIMARY KEY (id);
+
+ALTER TABLE ONLY public.generated_media
+    ADD CONSTRAINT generated_media_pkey PRIMARY KEY (id);
+
+ALTER TABLE ONLY public.generation_jobs
+    ADD CONSTRAINT generation_jobs_pkey PRIMARY KEY (id);
+
+ALTER TABLE ONLY public.generation_messages
+    ADD CONSTRAINT generation_messages_pkey PRIMARY KEY (sender, message_id);
+
+ALTER TABLE ONLY public.generation_outputs
+    ADD CONSTRAINT generation_outputs_pkey PRIMARY KEY (job_id, output_index);
 
 ALTER TABLE ONLY public.lifecycle_rules
     ADD CONSTRAINT lifecycle_rules_pkey PRIMARY KEY (id);
@@ -1619,6 +2042,38 @@ CREATE INDEX drills_by_end ON public.drills USING btree (ended_at);
 
 CREATE INDEX events_by_user ON public.events USING btree (user_id, id);
 
+CREATE INDEX generated_media_by_entity ON public.generated_media USING btree (user_id, entity_type, entity_id, created_at, id) WHERE (entity_id IS NOT NULL);
+
+CREATE INDEX generated_media_by_job ON public.generated_media USING btree (job_id) WHERE (job_id IS NOT NULL);
+
+CREATE INDEX generated_media_by_model ON public.generated_media USING btree (user_id, model_used, created_at, id) WHERE (model_used IS NOT NULL);
+
+CREATE INDEX generated_media_by_project ON public.generated_media USING btree (user_id, project_id, created_at, id) WHERE (project_id IS NOT NULL);
+
+CREATE INDEX generated_media_by_root ON public.generated_media USING btree (root_id, created_at, id);
+
+CREATE INDEX generated_media_by_user ON public.generated_media USING btree (user_id, created_at, id);
+
+CREATE UNIQUE INDEX generated_media_file ON public.generated_media USING btree (file_id) WHERE (file_id IS NOT NULL);
+
+CREATE UNIQUE INDEX generated_media_primary ON public.generated_media USING btree (user_id, entity_type, entity_id) WHERE is_primary;
+
+CREATE INDEX generation_jobs_by_entity ON public.generation_jobs USING btree (user_id, entity_type, entity_id, created_at, id) WHERE (entity_id IS NOT NULL);
+
+CREATE INDEX generation_jobs_by_user ON public.generation_jobs USING btree (user_id, created_at, id);
+
+CREATE INDEX generation_jobs_callback ON public.generation_jobs USING btree (id) WHERE (callback_state = 'due'::text);
+
+CREATE UNIQUE INDEX generation_jobs_idempotency_key ON public.generation_jobs USING btree (user_id, idempotency_key) WHERE (idempotency_key IS NOT NULL);
+
+CREATE INDEX generation_jobs_open ON public.generation_jobs USING btree (id) WHERE ((finished_at IS NULL) AND (pipeline IS NOT NULL));
+
+CREATE INDEX generation_messages_received ON public.generation_messages USING btree (received_at);
+
+CREATE INDEX generation_outputs_fetching ON public.generation_outputs USING btree (file_id) WHERE (state = 'fetching'::text);
+
+CREATE UNIQUE INDEX generation_outputs_file ON public.generation_outputs USING btree (file_id);
+
 CREATE INDEX pgqueuer_ep_ea_idx ON public.pgqueuer USING btree (entrypoint, execute_after) WHERE (status = 'queued'::public.pgqueuer_status);
 
 CREATE INDEX pgqueuer_ep_prio_id_idx ON public.pgqueuer USING btree (entrypoint, priority DESC, id) WHERE (status = 'queued'::public.pgqueuer_status);
@@ -1664,6 +2119,8 @@ CREATE INDEX tombstones_by_file ON public.tombstones USING btree (file_id, gener
 CREATE INDEX uploads_expires_at ON public.uploads USING btree (expires_at);
 
 CREATE UNIQUE INDEX uploads_idempotency_key ON public.uploads USING btree (user_id, idempotency_key);
+
+CREATE INDEX uploads_of_job ON public.uploads USING btree (job_id) WHERE (job_id IS NOT NULL);
 
 CREATE INDEX usage_ledger_by_user ON public.usage_ledger USING btree (user_id, id);
 
@@ -1741,7 +2198,13 @@ CREATE TRIGGER count_updated AFTER UPDATE ON public.previews REFERENCING OLD TAB
 
 CREATE TRIGGER enqueue_previews AFTER INSERT ON public.user_files REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.enqueue_previews_v1();
 
+CREATE TRIGGER forget_media AFTER DELETE ON public.user_files REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.forget_media_v1();
+
 CREATE TRIGGER keep_deleted AFTER DELETE ON public.audit_log REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.keep_audit_log_v1();
+
+CREATE TRIGGER keep_order BEFORE UPDATE ON public.generation_jobs FOR EACH ROW WHEN ((old.state IS DISTINCT FROM new.state)) EXECUTE FUNCTION public.keep_job_order_v1();
+
+CREATE TRIGGER keep_order BEFORE UPDATE ON public.generation_outputs FOR EACH ROW WHEN ((old.state IS DISTINCT FROM new.state)) EXECUTE FUNCTION public.keep_job_order_v1();
 
 CREATE TRIGGER keep_truncated BEFORE TRUNCATE ON public.audit_log FOR EACH STATEMENT EXECUTE FUNCTION public.keep_audit_log_v1();
 
@@ -1803,10 +2266,21 @@ CREATE TRIGGER search_inserted AFTER INSERT ON public.user_files REFERENCING NEW
 
 CREATE TRIGGER search_updated AFTER UPDATE ON public.user_files REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.user_files_index_updated_v1();
 
+CREATE TRIGGER settle_output AFTER DELETE ON public.uploads FOR EACH ROW WHEN ((old.job_id IS NOT NULL)) EXECUTE FUNCTION public.output_ended_v1();
+
 CREATE TRIGGER warn_of_quota BEFORE UPDATE ON public.user_storage FOR EACH ROW WHEN ((((new.warned_percent < 80) AND (((new.total_bytes + new.preview_bytes))::double precision >= ((new.max_bytes)::double precision * (0.80)::double precision))) OR ((new.warned_percent < 90) AND (((new.total_bytes + new.preview_bytes))::double precision >= ((new.max_bytes)::double precision * (0.90)::double precision))) OR ((new.warned_percent < 100) AND ((new.total_bytes + new.preview_bytes) >= new.max_bytes)) OR ((new.warned_percent > 0) AND ((new.max_bytes IS NULL) OR ((new.total_bytes)::double precision < ((new.max_bytes)::double precision * (((new.warned_percent - 10))::double precision / (100.0)::double precision))))))) EXECUTE FUNCTION public.warn_of_quota_v1();
 
 ALTER TABLE ONLY public.counter_corrections
     ADD CONSTRAINT counter_corrections_user FOREIGN KEY (user_id) REFERENCES public.user_storage(user_id) ON DELETE CASCADE;
+
+ALTER TABLE ONLY public.generated_media
+    ADD CONSTRAINT generated_media_owner FOREIGN KEY (user_id) REFERENCES public.user_storage(user_id) ON DELETE CASCADE;
+
+ALTER TABLE ONLY public.generation_jobs
+    ADD CONSTRAINT generation_jobs_owner FOREIGN KEY (user_id) REFERENCES public.user_storage(user_id) ON DELETE CASCADE;
+
+ALTER TABLE ONLY public.generation_outputs
+    ADD CONSTRAINT generation_outputs_job FOREIGN KEY (job_id) REFERENCES public.generation_jobs(id) ON DELETE CASCADE;
 
 ALTER TABLE ONLY public.resumable_uploads
     ADD CONSTRAINT resumable_uploads_user_fkey FOREIGN KEY (user_id) REFERENCES public.user_storage(user_id) ON DELETE CASCADE;

@@ -13,6 +13,7 @@ from server import ledger
 from server.errors import CofferError, NotFound
 from server.intake.service import Intake
 from server.ledger import Database
+from server.ledger.generation import purge_messages
 from server.ledger.moves import users_being_moved
 from server.settings import Settings
 from server.vault import Vault, Volume
@@ -21,6 +22,7 @@ _WATCH_SECONDS = 1.0  # a volume that goes away is known within this
 _TIDY_SECONDS = 15.0
 EXPIRED_UPLOADS_KNOWN_SECONDS = 7 * 86_400
 """How long an expired resumable upload is remembered: till then its client is told that it has expired."""
+_MESSAGES_KNOWN_SECONDS = 86_400  # of pipelines; a signature is good for minutes
 _BATCH = 1_000
 _MOST_MOVED = 10_000  # at a time; uploads of further ones go to their old volume for up to a minute, and are moved from there
 
@@ -166,6 +168,7 @@ class Housekeeping:
     async def _forget(self) -> None:
         await self.forget_records()
         await self.forget_uploads()
+        await purge_messages(self._db, _MESSAGES_KNOWN_SECONDS)
 
     def _writable(self) -> list[Volume]:
         return [volume for volume in self._vault.volumes if volume.state in ("open", "full")]

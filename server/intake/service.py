@@ -38,6 +38,7 @@ from server.intake.scanner import Scanner
 from server.intake.upload import MOST_GENERATIONS_TRIED, Details, Upload
 from server.kinds import Allowed
 from server.ledger import Database, Publisher, Waker
+from server.ledger.generation import JobTeller
 from server.ledger.models import File, MovedToTrash, Tombstone, UploadLink, User
 from server.settings import Settings
 from server.vault import Vault, Volume
@@ -80,6 +81,7 @@ class Intake:
         self.vault = vault
         self.publisher = Publisher(db)
         self.waker = Waker(db)
+        self.job_teller = JobTeller(db)
         self.allowed = Allowed.from_settings(settings)
         self.live: set[UUID] = set()  # uploads of this process that hold a reservation; housekeeping renews their leases
         self.buffered_bytes = 0  # held in memory by small uploads together

@@ -254,9 +254,10 @@ class Upload:
             idempotency_key=self._idempotency_key,
             user_since=self._user_since,
             fence=self._fence,
+            needs_reservation=self._claimed is not None,
         )
         file = await self._commit(lambda: self._publish(new), self.id, new.file_path)
-        self._wake_worker(file)
+        self._tell_of(file)
         return file
 
     async def replace(self, old: File) -> File:
@@ -286,7 +287,7 @@ class Upload:
             )
 
         file = await self._commit(statement, old.id, new.file_path)
-        self._wake_worker(file)
+        self._tell_of(file)
         await self._intake.bury_generation(old)
         if old.volume_id != file.volume_id:  # else making the new previews replaces them
             vault = self._intake.vault
@@ -364,9 +365,11 @@ class Upload:
             return candidate, file.sha256
         raise Conflict
 
-    def _wake_worker(self, file: File) -> None:
+    def _tell_of(self, file: File) -> None:
         if file.preview_state == "pending":
             self._intake.waker.wake()
+        if self._claimed is not None and self._claimed.link.job_id is not None:
+            self._intake.job_teller.tell(self._claimed.link.job_id)
 
     async def _publish(self, new: NewFile) -> File:
         try:

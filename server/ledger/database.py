@@ -71,6 +71,8 @@ _CONSTRAINTS: dict[str, Callable[[], CofferError]] = {
     "user_storage_volume": VolumeUnavailable,
     "user_files_volume": VolumeUnavailable,
     "uploads_volume": VolumeUnavailable,
+    "generation_jobs_owner": NotFound,
+    "generated_media_primary": Conflict,
 }
 
 _LOST = ("08", "57P01", "57P02", "57P03")

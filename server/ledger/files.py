@@ -43,8 +43,8 @@ async def publish_file(db: Database, new: NewFile) -> File:
     """Ends the upload's reservation, if it has one, and adds the file: one transaction, in which the quota is enforced.
 
     Call it when the bytes are synced under `new.file_path`. Raises `QuotaExceeded`, `UserErasing`, `NotFound` (no such user,
-    or not the one of `user_since`, or another writer has the upload), `Conflict` (a file with this id or this user's idempotency
-    key exists), `CommitUnknown` (the bytes must stay) and `DatabaseUnavailable` (nothing happened).
+    or not the one of `user_since`, or another writer has the upload, or its reservation is gone and needed), `Conflict` (a file with
+    this id or this user's idempotency key exists), `CommitUnknown` (the bytes must stay) and `DatabaseUnavailable` (nothing happened).
     """
     rows = await db.write(
         _PUBLISH,
@@ -66,6 +66,7 @@ async def publish_file(db: Database, new: NewFile) -> File:
         actor_json(),
         preview_state_of(new),
         new.fence,
+        new.needs_reservation,
         patience=COMMIT_PATIENCE_SECONDS,
     )
     if not rows:

@@ -2,6 +2,7 @@
 
 import math
 from datetime import datetime
+from decimal import Decimal
 from ipaddress import IPv4Network, IPv6Network
 from typing import Any, Literal
 from uuid import UUID
@@ -60,7 +61,7 @@ class NewFile(msgspec.Struct, frozen=True, kw_only=True):
     """What `publish_file` inserts. `id` equals the upload's id, so a reservation and its file never part.
 
     `user_since` is `User.created_at` as it was when the upload began: the same id erased and come back is another user. `fence` is that of
-    the writer of a resumable upload: another one's file is not inserted.
+    the writer of a resumable upload: another one's file is not inserted. Nor is one that `needs_reservation` and has none any more.
     """
 
     id: UUID
@@ -79,6 +80,7 @@ class NewFile(msgspec.Struct, frozen=True, kw_only=True):
     idempotency_key: str | None = None
     user_since: datetime | None = None
     fence: int | None = None
+    needs_reservation: bool = False
 
 
 class ReplacedContent(msgspec.Struct, frozen=True, kw_only=True):
@@ -190,7 +192,7 @@ class User(msgspec.Struct, frozen=True, kw_only=True):
 class UploadLink(msgspec.Struct, frozen=True, kw_only=True):
     """What an upload link allows and gives: kept as JSON in its reservation's row. `types` are kinds or MIME types; empty is any.
 
-    `kinds` are the only ones that the credentials which made the link were good for; None is all.
+    `kinds` are the only ones that the credentials which made the link were good for; None is all. `job_id`: what it brings is an output.
     """
 
     types: list[str] = []
@@ -200,6 +202,7 @@ class UploadLink(msgspec.Struct, frozen=True, kw_only=True):
     package_name: str | None = None
     tags: list[str] = []
     metadata: dict[str, Any] = {}
+    job_id: UUID | None = None
 
 
 class ClaimedLink(msgspec.Struct, frozen=True, kw_only=True):
@@ -437,3 +440,152 @@ class Counters(msgspec.Struct, frozen=True, kw_only=True):
             "by_type": self.types_agree and self.typed_bytes == self.total_sum,
         }
         return [name for name, does in agree.items() if not does]
+
+
+# Generation
+
+JobState = Literal["queued", "running", "completed", "partly_completed", "failed", "cancelled", "expired"]
+CallbackState = Literal["waiting", "due", "told", "failed"]
+OutputState = Literal["awaited", "fetching", "stored", "failed"]
+SourceType = Literal["generated", "linked", "replaced", "uploaded"]
+
+
+class NewOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """An output that a new job awaits. `link` is what its upload link says."""
+
+    file_id: UUID
+    media_type: str
+    max_bytes: int
+    link: UploadLink
+
+
+class NewJob(msgspec.Struct, frozen=True, kw_only=True):
+    """What `create_job` registers. `dispatched`: the worker hands it on to the pipeline."""
+
+    id: UUID
+    user_id: str
+    outputs: list[NewOutput]
+    pipeline: str | None = None
+    entity_type: str | None = None
+    entity_id: str | None = None
+    project_id: str | None = None
+    model_used: str | None = None
+    prompt_used: str | None = None
+    generation_params: dict[str, Any] = {}
+    reference_ids: list[UUID] = []
+    parent_id: UUID | None = None
+    callback_url: str | None = None
+    callback_secret: str | None = None
+    dispatched: bool = False
+
+
+class Output(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of `generation_outputs`: a file that is still to come, has come, or (with its `reason`) never will."""
+
+    job_id: UUID
+    output_index: int
+    file_id: UUID
+    media_type: str
+    max_bytes: int
+    state: OutputState
+    reason: str | None
+    url: str | None
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of `generation_jobs`. `error` is in the pipeline's words; `remote_id` is what the pipeline calls the job."""
+
+    id: UUID
+    user_id: str
+    pipeline: str | None
+    entity_type: str | None
+    entity_id: str | None
+    project_id: str | None
+    media_types: list[str]
+    model_used: str | None
+    prompt_used: str | None
+    generation_params: dict[str, Any]
+    reference_ids: list[UUID]
+    parent_id: UUID | None
+    output_count: int
+    state: JobState
+    progress_percent: int
+    credits_used: Decimal | None
+    error: str | None
+    remote_id: str | None
+    callback_url: str | None
+    callback_state: CallbackState | None
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    expires_at: datetime
+
+
+class JobQuery(msgspec.Struct, frozen=True, kw_only=True):
+    """Which jobs of a user a page holds, newest first. `kinds`: only jobs all of whose outputs are of these; None is all."""
+
+    state: JobState | None = None
+    entity_type: str | None = None
+    entity_id: str | None = None
+    project_id: str | None = None
+    kinds: frozenset[str] | None = None
+    limit: int = 50
+    cursor: str | None = None
+
+
+class JobPage(msgspec.Struct, frozen=True):
+    """`next_cursor` asks for the page after this one; None when there is none."""
+
+    jobs: list[Job]
+    next_cursor: str | None
+
+
+class Media(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of `generated_media`: how a piece of media was made. `id` is that of its file, where it has one."""
+
+    id: UUID
+    user_id: str
+    file_id: UUID | None
+    job_id: UUID | None
+    output_index: int | None
+    entity_type: str | None
+    entity_id: str | None
+    project_id: str | None
+    media_type: str
+    source_type: SourceType
+    model_used: str | None
+    prompt_used: str | None
+    generation_params: dict[str, Any]
+    credits_used: Decimal | None
+    original_url: str | None
+    is_accessible: bool
+    last_checked_at: datetime | None
+    reference_ids: list[UUID]
+    parent_id: UUID | None
+    root_id: UUID
+    is_primary: bool
+    created_at: datetime
+
+
+class MediaQuery(msgspec.Struct, frozen=True, kw_only=True):
+    """Which media of a user a page holds, newest first. `prompt`: all of its words stand in the prompt. `kinds`: None is all."""
+
+    entity_type: str | None = None
+    entity_id: str | None = None
+    project_id: str | None = None
+    model: str | None = None
+    media_type: str | None = None
+    source_type: SourceType | None = None
+    prompt: str | None = None
+    is_primary: bool | None = None
+    root_id: UUID | None = None
+    kinds: frozenset[str] | None = None
+    limit: int = 50
+    cursor: str | None = None
+
+
+class MediaPage(msgspec.Struct, frozen=True):
+    """`next_cursor` asks for the page after this one; None when there is none."""
+
+    media: list[Media]
+    next_cursor: str | None

@@ -5,7 +5,8 @@
 -- Ends the reservation if there is one, then inserts the file and its event. The insert reads the count of released rows, so the
 -- reservation's bytes are back before the file is charged: its trigger is queued first. Inserts nothing when the user is not the one
 -- who was there when the upload began: an erasure in between has removed the bytes; nor when it is a resumable upload that the writer
--- with the fence $18 does not hold any more. Returns only what the caller does not know.
+-- with the fence $18 does not hold any more; nor, with $19, when the reservation is gone: the upload link or the job that it was for has
+-- ended. Returns only what the caller does not know.
 with held as materialized (
     select r.id from resumable_uploads r where r.id = $1 and r.fence = $18 and r.held_by is not null for update
 ), released as (
@@ -15,6 +16,7 @@ with held as materialized (
                             package_name, tags, metadata, idempotency_key, preview_state)
     select $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $17 from (select count(*) from released) first (released)
     where first.released >= 0 and ($18::bigint is null or (exists (select from held) and first.released = 1))
+      and (not $19::boolean or first.released = 1)
       and ($15::timestamptz is null or exists (select from user_storage u where u.user_id = $2 and u.created_at = $15))
     returning *
 ), noted as (
@@ -60,7 +62,7 @@ select id, upload_date from published;
 
 -- name: replace_content
 -- Ends the reservation, then points the row at other bytes if it still has the generation that the caller saw. The trigger leaves a
--- tombstone for the old bytes. Also tells whether the file exists at all.
+-- tombstone for the old bytes. What was generated is remembered as replaced. Also tells whether the file exists at all.
 with released as (
     delete from uploads where id = $4 and user_id = $1 returning id
 ), replaced as (
@@ -84,6 +86,10 @@ with released as (
       from replaced r, actor_of_v1($11) a
 ), outdated as (
     delete from previews p using replaced r where p.file_id = r.id
+), remade as (
+    update generated_media m
+       set source_type = 'replaced'
+      from replaced r where m.file_id = r.id and m.source_type = 'generated'
 ), queued as (
     insert into pgqueuer (priority, status, entrypoint, payload, dedupe_key)
     select 0, 'queued', 'preview', convert_to(id::text, 'UTF8'), 'preview:' || id from replaced where preview_state = 'pending'
