@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-Kind = Literal["api_key", "user_token", "download_link", "upload_link", "public_link", "cli", "system"]
+Kind = Literal["api_key", "user_token", "download_link", "upload_link", "public_link", "pipeline", "cli", "system"]
 
 
 class Actor(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -10,13 +10,17 @@ import uvicorn
 
 from server import logs, metrics, rates, supervision
 from server.api import application
-from server.api.front import Front
+from server.api.front import Door, Front
+from server.api.job_events import EVENTS_PATH, JobEventsDoor
 from server.api.limits import Limits
 from server.api.pace import PatientProtocol
+from server.api.pipeline import WebhookDoor
 from server.api.services import Services
 from server.api.streams import Streams
 from server.auth import Authenticator, TokenUsers, UserTokens
 from server.delivery import AwaitedPreviews, Delivery, Links
+from server.generation import Generation
+from server.generation.service import WEBHOOK_PATH
 from server.intake import Housekeeping, Intake, ResumableUploads, Scanner
 from server.ledger import Database, Notices, RememberedFigures
 from server.rates import Buckets
@@ -52,11 +56,12 @@ def assemble(settings: Settings) -> Front:
     notices, streams = Notices(settings), Streams()
     figures = metrics.Metrics()
     scanner = Scanner(settings, figures) if settings.clamd else None
+    intake, links = Intake(settings, db, vault, scanner), Links(settings.link_keys)
     services = Services(
         settings=settings,
         db=db,
         vault=vault,
-        intake=Intake(settings, db, vault, scanner),
+        intake=intake,
         delivery=Delivery(
             db,
             vault,
@@ -65,7 +70,8 @@ def assemble(settings: Settings) -> Front:
             audit_reads=settings.audit_reads,
             edge_state=Path(settings.edge_state_file) if settings.edge_state_file else None,
         ),
-        links=Links(settings.link_keys),
+        links=links,
+        generation=Generation(settings, db, intake, links),
         authenticator=Authenticator(
             db, settings.api_key_cache_seconds, tokens=UserTokens.from_settings(settings), token_users=TokenUsers(settings, db)
         ),
@@ -77,7 +83,8 @@ def assemble(settings: Settings) -> Front:
         metrics=figures,
     )
     tus = TusDoor(services, ResumableUploads(services.intake, notices, streams.stopping))
-    return Front(services, application.build(services), lambda: _running(services), {PREFIX: tus})
+    doors: dict[str, Door] = {PREFIX: tus, WEBHOOK_PATH: WebhookDoor(services), EVENTS_PATH: JobEventsDoor(services)}
+    return Front(services, application.build(services), lambda: _running(services), doors)
 
 
 def _check_link_keys(settings: Settings) -> None:

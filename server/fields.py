@@ -32,6 +32,7 @@ METADATA_NUMBER_LARGEST = 1e30
 METADATA_NUMBER_SMALLEST = 1e-30
 
 _REFUSED_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_NOT_IN_PROSE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 _NOT_IN_JSON = re.compile("[\x00\ud800-\udfff]")
 
 
@@ -48,6 +49,15 @@ def clean_user_id(text: object, field: str = "user_id") -> str:
 def clean_package_name(text: object, field: str = "package_name") -> str | None:
     """A package name: up to 255 characters. None and the empty text both mean that the file belongs to no package."""
     return None if text is None or text == "" else _text(text, field, PACKAGE_NAME_CHARACTERS)
+
+
+def clean_text(text: str, field: str, most: int) -> str:
+    """Prose: up to so many characters, line breaks and tabs among them."""
+    if len(text) > most:
+        raise InvalidRequest(field, f"may have at most {most} characters")
+    if _NOT_IN_PROSE.search(text):
+        raise InvalidRequest(field, "must not contain control characters but line breaks and tabs, nor lone surrogates")
+    return text
 
 
 def clean_tags(tags: Iterable[object], field: str = "tags") -> list[str]:

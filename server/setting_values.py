@@ -3,6 +3,7 @@
 A reader raises `ValueError` with the remedy; `settings.py` puts the variable's name before it.
 """
 
+import base64
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -130,18 +131,74 @@ def token_issuers(text: str) -> tuple[TokenIssuer, ...]:
         raise ValueError(f"say a JSON list of issuers: {problem}") from None
     for number, each in enumerate(issuers):
         if each.issuer in {other.issuer for other in issuers[:number]}:
-            raise _wrong_issuer(number, "issuer", "is named twice")
+            raise _wrong_entry(number, "issuer", "is named twice")
         if (each.jwks_url is None) == (each.public_key_file is None):
-            raise _wrong_issuer(number, "jwks_url", "say either this or public_key_file")
+            raise _wrong_entry(number, "jwks_url", "say either this or public_key_file")
         if each.jwks_url is not None and not _is_safe_url(each.jwks_url):
-            raise _wrong_issuer(number, "jwks_url", "must be an https URL without credentials; http is for loopback only")
+            raise _wrong_entry(number, "jwks_url", "must be an https URL without credentials; http is for loopback only")
         if not each.audiences and not each.authorized_parties:
             # A token that the issuer made for another app would be good here (RFC 8725, section 3.9).
-            raise _wrong_issuer(number, "audiences", "say whom tokens must be for, here or in authorized_parties")
+            raise _wrong_entry(number, "audiences", "say whom tokens must be for, here or in authorized_parties")
     return issuers
 
 
-def _wrong_issuer(number: int, name: str, reason: str) -> ValueError:
+_PIPELINE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+_LEAST_SECRET_BYTES = 24  # of Standard Webhooks' specification
+
+
+Preset = Literal["character", "moodboard", "animation"]
+
+
+class Pipeline(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Who works on jobs: one entry of `COFFER_PIPELINES`.
+
+    `secrets` sign its messages (`whsec_` and base64 of 24 to 64 bytes); the first signs ours, all verify, so a new one is put first and the
+    old one dropped when the pipeline has changed over. Without `adapter` the pipeline comes by itself; `dispatch` has each job sent to
+    `url`; `polling` submits it to `url`, with `token` as a bearer's, and asks after it each `poll_seconds`. `presets` are those of
+    `POST /api/generate/...` that it gets where no other is named.
+    """
+
+    name: _Text
+    secrets: tuple[_Text, ...] = ()
+    adapter: Literal["dispatch", "polling"] | None = None
+    url: _Text | None = None
+    token: _Text | None = None
+    poll_seconds: Annotated[int, Meta(ge=1, le=3600)] = 5
+    presets: tuple[Preset, ...] = ()
+
+
+def pipelines(text: str) -> tuple[Pipeline, ...]:
+    """The pipelines in a JSON list. A complaint never repeats a secret."""
+    if not text.strip():
+        return ()
+    try:
+        found = msgspec.json.decode(text, type=tuple[Pipeline, ...])
+    except msgspec.ValidationError as problem:
+        raise ValueError(str(problem).replace("`$", "`")) from None
+    except (msgspec.DecodeError, RecursionError):
+        raise ValueError("say a JSON list of pipelines") from None
+    for number, each in enumerate(found):
+        if not _PIPELINE_NAME.fullmatch(each.name) or each.name in {other.name for other in found[:number]}:
+            raise _wrong_entry(number, "name", "must be a name of its own, of a-z, 0-9, _ and -")
+        if not all(is_webhook_secret(secret) for secret in each.secrets):
+            raise _wrong_entry(number, "secrets", "must be whsec_ and the base64 of 24 to 64 bytes, e.g. from: openssl rand -base64 32")
+        if each.adapter is not None and (each.url is None or not _is_safe_url(each.url)):
+            raise _wrong_entry(number, "url", "must be an https URL without credentials; http is for loopback only")
+        if each.adapter == "dispatch" and not each.secrets:
+            raise _wrong_entry(number, "secrets", "are needed to sign what is sent")
+    return found
+
+
+def is_webhook_secret(text: str) -> bool:
+    """Whether it is one by Standard Webhooks: `whsec_` and the base64 of 24 to 64 bytes."""
+    try:
+        secret = base64.b64decode(text.removeprefix("whsec_"), validate=True)
+    except ValueError:
+        return False
+    return text.startswith("whsec_") and _LEAST_SECRET_BYTES <= len(secret) <= 64
+
+
+def _wrong_entry(number: int, name: str, reason: str) -> ValueError:
     """As msgspec words its own."""
     return ValueError(f"{reason} - at `[{number}].{name}`")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from server import setting_values as values
-from server.setting_values import Rate, TokenIssuer
+from server.setting_values import Pipeline, Rate, TokenIssuer
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 
@@ -341,6 +341,18 @@ class Settings:
     )
     fetch_bytes_per_second: int | None = setting(
         None, "Most bytes a second of one such fetch; `unlimited` for any number.", read=values.optional_whole, at_least=1
+    )
+    pipelines: tuple[Pipeline, ...] = setting(
+        (),
+        "Pipelines that work on generation jobs, as a JSON list (see Generation). Jobs of no pipeline wait for who holds their secret.",
+        read=values.pipelines,
+        secret=True,
+    )
+    generation_ttl_seconds: int = setting(
+        3_600, "Life of a generation job for which none is asked; the longest is that of links.", read=values.whole, at_least=1
+    )
+    generation_message_bytes: int = setting(
+        8 * MIB, "Largest message of a pipeline, in bytes: what it holds of outputs comes in base64.", read=values.whole, at_least=1 * KIB
     )
     audit_log_days: int = setting(
         400,

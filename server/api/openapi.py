@@ -24,16 +24,34 @@ Json = dict[str, Any]
 Handler = HTTPRouteHandler | Router
 
 _METHODS = ("get", "head", "post", "put", "patch", "delete")
+_WEBHOOK = "/api/generate/webhook"
 _ACTS_FOR_A_USER = (
     "/api/files",
+    "/api/generate",
     "/api/links",
     "/api/storage",
     "/api/trash",
     "/api/uploads",
 )
-_OPEN = ("/health", "/f/", "/p/", "/u/")
+_OPEN = ("/health", "/f/", "/p/", "/u/", _WEBHOOK)
 # Request bodies that refuse unknown fields, which Litestar does not tell.
-_CLOSED = ("FileChanges", "FavoriteChange", "TagsChange", "FileIds", "QuotaChange", "LinkWish", "LinksWish", "PublicWish", "UploadLinkWish")
+_CLOSED = (
+    "FileChanges",
+    "FavoriteChange",
+    "TagsChange",
+    "FileIds",
+    "QuotaChange",
+    "LinkWish",
+    "LinksWish",
+    "PublicWish",
+    "UploadLinkWish",
+    "GenerateWish",
+    "OutputSpec",
+    "CallbackWish",
+    "CharacterWish",
+    "MoodboardWish",
+    "AnimationWish",
+)
 
 _ABOUT = """Coffer stores media files for users, each within a quota.
 
@@ -82,11 +100,25 @@ def describe(described: list[Handler]) -> Json:
     }
     components["parameters"] = {"ActingUser": _ACTING_USER}
     components["responses"] = {"Problem": {"description": "A failure.", "content": {MEDIA_TYPE: {"schema": _ref("Problem")}}}}
-    components["schemas"] = dict(sorted({**components.get("schemas", {}), "Problem": _PROBLEM, "UploadResults": _UPLOAD_RESULTS}.items()))
+    components["schemas"] = dict(
+        sorted(
+            {
+                **components.get("schemas", {}),
+                "Problem": _PROBLEM,
+                "UploadResults": _UPLOAD_RESULTS,
+                "PipelineMessage": _PIPELINE_MESSAGE,
+                "PipelineAnswer": _PIPELINE_ANSWER,
+            }.items()
+        )
+    )
     for name in _CLOSED:
         components["schemas"][name]["additionalProperties"] = False
     for path in ("/api/files/{file_id}/favorite", "/api/files/{file_id}/link"):
         description["paths"][path]["post"]["requestBody"]["required"] = False
+    for path in ("/api/generate", "/api/generate/character", "/api/generate/moodboard", "/api/generate/animation"):
+        description["paths"][path]["post"].setdefault("parameters", []).append(
+            _header("Idempotency-Key", "Requests with the same key register one job, however often they are repeated.")
+        )
     for path, operations in _BYTE_ROUTES.items():
         description["paths"].setdefault(path, {}).update(operations)
     for path, _, operation in _operations(description):
@@ -109,7 +141,7 @@ def _complete(path: str, operation: Json) -> None:
     for parameter in operation.get("parameters", ()):
         if parameter["in"] == "query":  # a query cannot say null
             parameter["schema"] = _without_null(parameter["schema"])
-    if path.startswith(_ACTS_FOR_A_USER):
+    if path.startswith(_ACTS_FOR_A_USER) and path != _WEBHOOK:
         operation["security"] = [{"ApiKey": []}, {"UserToken": []}]
         operation.setdefault("parameters", []).append({"$ref": "#/components/parameters/ActingUser"})
 
@@ -351,8 +383,102 @@ _EXPORT: Json = {
     "responses": {"200": {"description": "The archive.", "content": {EXPORT_MEDIA_TYPE: {"schema": _BINARY}}}},
 }
 
+_JOB_EVENTS: Json = {
+    "tags": ["Generation"],
+    "operationId": "FollowJob",
+    "summary": "Follow a job",
+    "description": (
+        "Server-sent events: `job` at once, and whenever the job has changed, until it has ended; its `data` is the job as in other "
+        "answers, a JobAnswer. It ends after 5 minutes at the latest; connect again then. A comment comes every 15 s. A user may have 10 "
+        "streams open."
+    ),
+    "parameters": [{"name": "job_id", "in": "path", "required": True, "schema": {"type": "string", "format": "uuid"}}],
+    "responses": {"200": {"description": "The stream.", "content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+}
+
+_PIPELINE_MESSAGE: Json = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["type", "data"],
+    "properties": {
+        "type": {"type": "string", "enum": ["job.progress", "job.completed", "job.failed"]},
+        "timestamp": {"type": "string"},
+        "data": {
+            "type": "object",
+            "additionalProperties": False,
+            "required": ["job_id"],
+            "properties": {
+                "job_id": {"type": "string", "format": "uuid"},
+                "outputs": {
+                    "type": "array",
+                    "maxItems": 100,
+                    "items": {
+                        "type": "object",
+                        "additionalProperties": False,
+                        "required": ["index"],
+                        "description": "Its bytes in `base64`, or a `url` that Coffer is to fetch it from.",
+                        "properties": {
+                            "index": {"type": "integer", "minimum": 0, "maximum": 99},
+                            "base64": {"type": "string", "format": "byte"},
+                            "url": {"type": "string", "maxLength": 4096},
+                        },
+                    },
+                },
+                "progress_percent": {"type": "integer", "minimum": 0, "maximum": 100},
+                "credits_used": {"type": "number", "minimum": 0},
+                "error": {"type": "string", "maxLength": 2000},
+            },
+        },
+    },
+}
+
+_PIPELINE_ANSWER: Json = {
+    "type": "object",
+    "required": ["status", "outputs"],
+    "properties": {
+        "status": {"type": "string", "enum": ["accepted", "repeated", "late"]},
+        "outputs": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["index", "state", "file_id", "code"],
+                "properties": {
+                    "index": {"type": "integer"},
+                    "state": {"type": "string", "enum": ["awaited", "fetching", "stored", "failed", "refused", "late", "unknown"]},
+                    "file_id": {"type": ["string", "null"]},
+                    "code": {"type": ["string", "null"], "description": "Why it was refused; another message may bring it again."},
+                },
+            },
+        },
+    },
+}
+
+_WEBHOOK_IN: Json = {
+    "tags": ["Pipelines"],
+    "operationId": "PipelineWebhook",
+    "summary": "Hear a pipeline",
+    "description": (
+        "What a pipeline says of a job: progress, outputs, cost, its end. Signed by Standard Webhooks with the job's secret (`?job=`) or "
+        "one of the pipeline's (`?pipeline=`); svix' names of the headers are taken too. A message counts once, however often it is sent."
+    ),
+    "parameters": [
+        _query("job", {"type": "string", "format": "uuid"}, "The job whose secret signed."),
+        _query("pipeline", {"type": "string"}, "Or the pipeline whose secret signed."),
+        _header("webhook-id", "The message's id: the same when it is sent again."),
+        _header("webhook-timestamp", "Unix seconds, at most 5 minutes off."),
+        _header("webhook-signature", "`v1,` and the base64 of the HMAC-SHA256; several, separated by spaces."),
+    ],
+    "requestBody": {"required": True, "content": {"application/json": {"schema": _ref("PipelineMessage")}}},
+    "responses": {
+        "200": _answer("Heard.", _ref("PipelineAnswer")),
+        "401": {"$ref": "#/components/responses/Problem"},
+    },
+}
+
 _BYTE_ROUTES: dict[str, Json] = {
     "/api/users/{user_id}/export": {"get": _EXPORT},
+    "/api/generate/events/{job_id}": {"get": _JOB_EVENTS},
+    _WEBHOOK: {"post": _WEBHOOK_IN},
     "/api/files/events": {"get": _EVENTS},
     "/api/files/upload": {"post": _UPLOAD},
     "/api/files/{file_id}/content": {"put": _REPLACE},

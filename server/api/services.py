@@ -6,6 +6,7 @@ from server.api.limits import Limits
 from server.api.streams import Streams
 from server.auth import Authenticator
 from server.delivery import Delivery, Links, RecentLinks
+from server.generation import Generation
 from server.intake import Intake, Scanner
 from server.ledger import Database, Notices, RememberedFigures
 from server.metrics import Metrics
@@ -23,6 +24,7 @@ class Services:
     intake: Intake
     delivery: Delivery
     links: Links
+    generation: Generation
     authenticator: Authenticator
     limits: Limits
     notices: Notices

@@ -36,7 +36,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 _REPLAYED = (b"idempotency-replayed", b"true")
-_IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,200}")
+IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,200}")
 _DICTIONARY_MEMBER = re.compile(r"\s*([a-z*][a-z0-9_.*-]*)\s*=\s*:([A-Za-z0-9+/=]*):\s*")
 _DIGEST_BYTES = {"sha-256": 32, "sha-512": 64, "md5": 16}
 
@@ -48,7 +48,7 @@ async def upload(services: Services, scope: ASGIScope, receive: Receive, send: S
     if _header(scope, b"content-encoding") not in (None, "identity"):
         raise InvalidRequest("Content-Encoding", "encoded bodies are not accepted; send the file's own bytes")
     key = _header(scope, b"idempotency-key")
-    if key is not None and not _IDEMPOTENCY_KEY.fullmatch(key):
+    if key is not None and not IDEMPOTENCY_KEY.fullmatch(key):
         raise InvalidRequest("Idempotency-Key", "must be 1 to 200 visible ASCII characters")
     if content_type.lower().startswith("multipart/form-data"):
         await _upload_form(services, principal, content_type, key, scope, receive, send)
@@ -153,7 +153,7 @@ async def _upload_form(
         return
     failed = any(isinstance(result, CofferError) for result in results)
     answer = {"results": [_result(scope, result) for result in results]}
-    await _send_json(send, 207 if failed else 201, answer, [_REPLAYED] if form.replayed else [])
+    await send_json(send, 207 if failed else 201, answer, [_REPLAYED] if form.replayed else [])
 
 
 class _Form:
@@ -346,10 +346,10 @@ async def _answer(send: Send, status: int, file: File, *, replayed: bool = False
         headers.append((b"location", f"/api/files/{file.id}".encode()))
     if replayed:
         headers.append(_REPLAYED)
-    await _send_json(send, status, file_json(file), headers)
+    await send_json(send, status, file_json(file), headers)
 
 
-async def _send_json(send: Send, status: int, content: object, headers: list[tuple[bytes, bytes]]) -> None:
+async def send_json(send: Send, status: int, content: object, headers: list[tuple[bytes, bytes]]) -> None:
     body = msgspec.json.encode(content)
     fixed = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": [*fixed, *RAW_COMMON_HEADERS, *headers]})

@@ -59,6 +59,7 @@ def test_a_preflight_needs_no_credentials(page: httpx.Client) -> None:
 
 def test_every_header_that_a_route_reads_may_be_asked_for(page: httpx.Client) -> None:
     described = page.get("/schema/openapi.json").json()
+    del described["paths"]["/api/generate/webhook"]  # no page signs: its secret is a pipeline's
     of_routes = [parameter for item in described["paths"].values() for each in item.values() for parameter in each.get("parameters", ())]
     read = {each["name"].lower() for each in of_routes if each.get("in") == "header"}
     read |= {each["name"].lower() for each in described["components"]["parameters"].values()}

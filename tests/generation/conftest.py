@@ -1,0 +1,15 @@
+"""One server for all tests of a module, which keep apart by acting for users of their own."""
+
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+
+from tests.generation.speaking import PIPELINES
+from tests.serving import RunningServer, SharedServer
+
+
+@pytest.fixture(scope="module")
+def api(shared_server: SharedServer) -> Iterator[RunningServer]:
+    with shared_server(COFFER_PIPELINES=msgspec.json.encode(PIPELINES).decode()) as server:
+        yield server
