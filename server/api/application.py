@@ -6,14 +6,14 @@ from litestar import Litestar, Request
 from litestar.datastructures import State
 from litestar.exceptions import HTTPException, ValidationException
 
-from server.api import files, generate, health, links, openapi, presets, storage, trail, trash, users
+from server.api import files, generate, health, links, media, openapi, presets, storage, trail, trash, users
 from server.api.door import services_of
 from server.api.front import ASGIApp
 from server.api.problems import COMMON_HEADERS, HttpRefusal
 from server.api.reading import StrictRequest, bad_limit
 from server.api.services import Services
 from server.errors import InvalidRequest, NotFound
-from server.ledger.models import JobState
+from server.ledger.models import JobState, SourceType
 
 LARGEST_JSON_BYTES = 2**20  # the longest honest body, names and metadata written as escapes, is under 0.5 MiB
 
@@ -27,6 +27,7 @@ def build(services: Services) -> ASGIApp:
         storage.router,
         generate.router,
         presets.router,
+        media.router,
         users.router,
         trail.router,
         *health.handlers,
@@ -78,5 +79,9 @@ def _invalid(request: Request[Any, Any, Any], error: ValidationException) -> Inv
             return InvalidRequest("type", f"must be one of {', '.join(get_args(files.Kind))}")
         case "job_state":
             return InvalidRequest("state", f"must be one of {', '.join(get_args(JobState))}")
+        case "media_type":
+            return InvalidRequest("type", f"must be one of {', '.join(get_args(files.Kind))}")
+        case "source_type":
+            return InvalidRequest("source", f"must be one of {', '.join(get_args(SourceType))}")
         case name:
             return InvalidRequest(str(name or "request"), str(first.get("message", error.detail)))

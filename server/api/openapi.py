@@ -29,6 +29,7 @@ _ACTS_FOR_A_USER = (
     "/api/files",
     "/api/generate",
     "/api/links",
+    "/api/media",
     "/api/storage",
     "/api/trash",
     "/api/uploads",
@@ -51,6 +52,7 @@ _CLOSED = (
     "CharacterWish",
     "MoodboardWish",
     "AnimationWish",
+    "PrimaryChange",
 )
 
 _ABOUT = """Coffer stores media files for users, each within a quota.

@@ -144,6 +144,7 @@ def test_unknown_and_repeated_parameters_are_refused(api: RunningServer) -> None
         ("GET", "/api/audit"),
         ("GET", "/api/generate"),
         ("GET", "/api/generate/status/{job_id}"),
+        ("GET", "/api/media"),
     }
     with api.client("ada") as client:
         for (method, template), parameters in routes.items():
