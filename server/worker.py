@@ -1,4 +1,4 @@
-"""The worker process: runs queued jobs, and brings back those that were lost."""
+"""The worker process: runs queued jobs, brings back those that were lost, and speaks to other machines: events out, files in."""
 
 import asyncio
 import logging
@@ -7,15 +7,22 @@ import signal
 from collections.abc import Awaitable, Callable
 
 from server import ledger, logs, supervision
+from server.delivery import Links
 from server.errors import CofferError
+from server.fetching import Fetcher, Rules
+from server.generation import Generation
+from server.generation.adapters import adapter_of, new_client
+from server.generation.worker import ENTRYPOINT, GenerationWorker
+from server.intake import Housekeeping, Intake, Scanner
 from server.ledger import Database
-from server.ledger.queue import run_jobs
+from server.ledger.queue import run_jobs, run_text_jobs
+from server.metrics import Metrics
 from server.previews.making import make, make_variant
 from server.previews.models import Wishes
 from server.previews.on_demand import MakeVariant, OnDemand
 from server.previews.scratch import remove_left_over
 from server.previews.worker import Make, PreviewWorker
-from server.settings import Settings
+from server.settings import SettingError, Settings, variable
 from server.vault import Vault
 
 _LONGEST_PAUSE_SECONDS = 30.0
@@ -40,7 +47,7 @@ def main() -> None:
 
 
 async def work(settings: Settings, make: Make, make_variant: MakeVariant, *, heartbeat_seconds: float = HEARTBEAT_SECONDS) -> None:
-    """Makes previews by `make` and `make_variant` until SIGTERM or SIGINT.
+    """Makes previews by `make` and `make_variant`, and does what generation jobs need, until SIGTERM or SIGINT.
 
     Then it finishes those under way and leaves the others to the next start.
     """
@@ -51,9 +58,21 @@ async def work(settings: Settings, make: Make, make_variant: MakeVariant, *, hea
     on_demand = OnDemand(db, vault, make_variant, settings.variant_cache_bytes)
     worker = PreviewWorker(db, vault, make, on_demand, wishes_of(settings), settings.previews_at_once)
 
+    intake = Intake(settings, db, vault, Scanner(settings, Metrics()) if settings.clamd else None)
+    housekeeping = Housekeeping(settings, db, vault, intake)
+    fetcher = Fetcher(Rules.from_settings(settings))
+    counts = ledger.WorkCounts()
+    client = new_client()
+    adapters = {each.name: adapter for each in settings.pipelines if (adapter := adapter_of(each, client)) is not None}
+    if adapters and not settings.link_keys:
+        raise SettingError(f"{variable('link_keys')} is not set: what pipelines are sent is made with it, as in the servers")
+    generation = Generation(settings, db, intake, Links(settings.link_keys))
+    generating = GenerationWorker(db, intake, generation, fetcher, adapters, counts)
+
     def stop() -> None:
         stopping.set()
         worker.stop()
+        generating.stop()
         forgiving.add(asyncio.create_task(worker.forgive()))
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -65,11 +84,10 @@ async def work(settings: Settings, make: Make, make_variant: MakeVariant, *, hea
 
     async def watch() -> None:
         nonlocal derive_at
-        rows = await ledger.list_volumes(db)
-        await vault.refresh(rows)
+        await housekeeping.watch()
         await tell()
         if (began := clock()) >= derive_at:
-            if await ledger.derive_preview_jobs(db):
+            if await ledger.derive_preview_jobs(db) + await generating.derive():
                 await ledger.wake_worker(db)
             derive_at = clock() + (clock() - began) / _DERIVING_SHARE
 
@@ -82,6 +100,10 @@ async def work(settings: Settings, make: Make, make_variant: MakeVariant, *, hea
         log.info("ready")
         await run_jobs(settings.database_url, worker.handle, stopping, heartbeat_seconds=heartbeat_seconds)
 
+    async def generation_jobs() -> None:
+        await vault.refresh(await ledger.list_volumes(db))
+        await run_text_jobs(settings.database_url, ENTRYPOINT, generating.handle, stopping, heartbeat_seconds=heartbeat_seconds)
+
     async def purge() -> None:
         await asyncio.to_thread(remove_left_over)
         await ledger.purge_job_log(db, _BATCH)
@@ -90,11 +112,16 @@ async def work(settings: Settings, make: Make, make_variant: MakeVariant, *, hea
         async with supervision.supervised():
             await asyncio.gather(
                 _repeat(jobs, _WATCH_SECONDS, stopping),
+                _repeat(generation_jobs, _WATCH_SECONDS, stopping),
                 _repeat(watch, _WATCH_SECONDS, stopping),
+                _repeat(housekeeping.renew, settings.reservation_lease_seconds / 4, stopping),
                 _repeat(purge, _PURGE_SECONDS, stopping),
             )
     finally:
         await asyncio.gather(*forgiving, tell(), return_exceptions=True)
+        await client.aclose()
+        if intake.scanner is not None:
+            intake.scanner.close()
         vault.close()
         await db.close()
         log.info("stopped")

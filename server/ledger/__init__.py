@@ -3,7 +3,7 @@
 from server.ledger.backups import BackupFacts, backup_facts
 from server.ledger.database import Database, connections_wanted
 from server.ledger.export import get_exported_file, page_of_user_files, record_export
-from server.ledger.figures import RememberedFigures
+from server.ledger.figures import RememberedFigures, WorkCounts
 from server.ledger.files import (
     delete_files,
     find_file_anywhere,
@@ -178,6 +178,7 @@ __all__ = [
     "User",
     "VolumeRow",
     "Waker",
+    "WorkCounts",
     "add_preview_figures",
     "add_rule",
     "add_variant",

@@ -2,9 +2,10 @@
 
 import asyncio
 import time
+from collections import Counter
 
 from server.ledger.database import Database
-from server.ledger.models import StoreFigures
+from server.ledger.models import StoreFigures, Work
 from server.ledger.statements import statement
 
 WORKER_APPLICATION = "coffer worker"
@@ -33,3 +34,20 @@ class RememberedFigures:
                 self._found = StoreFigures(**dict(store))
                 self._until = time.monotonic() + KEPT_SECONDS
             return self._found
+
+
+class WorkCounts:
+    """Counts what a worker does with other machines, until that is told to the database. Lives in one event loop."""
+
+    def __init__(self) -> None:
+        self._counted: Counter[tuple[Work, str]] = Counter()
+
+    def count(self, work: Work, result: str) -> None:
+        """One more. `result` is one of a few fixed words."""
+        self._counted[work, result] += 1
+
+    def take(self) -> dict[tuple[Work, str], int]:
+        """What was counted since the last time."""
+        taken = dict(sorted(self._counted.items()))
+        self._counted.clear()
+        return taken

@@ -289,6 +289,10 @@ class AuditPage(msgspec.Struct, frozen=True, kw_only=True):
     next_cursor: str | None
 
 
+Work = Literal["asset_check", "asset_import", "delivery", "output_fetch"]
+"""What workers do with other machines."""
+
+
 class StoreFigures(msgspec.Struct, frozen=True, kw_only=True):
     """All users, files and uploads together. `limit_bytes` is the sum of the quotas that are not unlimited; `warned_80` are the users whose
     last warning was of 80 % of their quota. Seconds are 0 where nothing is overdue, or nothing waits to be buried.

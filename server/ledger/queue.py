@@ -42,11 +42,39 @@ place: the lowest comes first. May be called twice for a job, also in two proces
 failed. A job whose worker died comes back as it was: PgQueuer counts only what is put off."""
 
 
+TextHandler = Callable[[str, int], Awaitable[None]]
+"""Is given a job's payload as text, and how often it has been put off. The rest is as for `Handler`."""
+
+
 async def run_jobs(database_url: str, handler: Handler, stopping: asyncio.Event, *, heartbeat_seconds: float) -> None:
-    """Runs jobs until `stopping`, then waits for those under way. Raises when the database is lost; start it again then.
+    """Runs jobs of previews until `stopping`, then waits for those under way. Raises when the database is lost; start it again then.
 
     A worker that dies loses nothing: another takes its jobs when they have had no heartbeat for `heartbeat_seconds`.
     """
+
+    async def handle(job: Job) -> None:
+        file_id, _, variant = (job.payload or b"").decode().partition(" ")
+        if variant and datetime.now(UTC) - job.created > VARIANT_AWAITED:
+            return
+        await handler(UUID(file_id), variant or None, job.attempts, (-job.priority, job.id))
+
+    await _run(database_url, ENTRYPOINT, handle, stopping, heartbeat_seconds)
+
+
+async def run_text_jobs(
+    database_url: str, entrypoint: str, handler: TextHandler, stopping: asyncio.Event, *, heartbeat_seconds: float
+) -> None:
+    """As `run_jobs`, for the jobs of another entry point. They wait for networks, so they have places of their own beside the previews'."""
+
+    async def handle(job: Job) -> None:
+        await handler((job.payload or b"").decode(), job.attempts)
+
+    await _run(database_url, entrypoint, handle, stopping, heartbeat_seconds)
+
+
+async def _run(
+    database_url: str, entrypoint: str, handle: Callable[[Job], Awaitable[None]], stopping: asyncio.Event, heartbeat_seconds: float
+) -> None:
     pool = await asyncpg.create_pool(
         database_url,
         min_size=1,
@@ -57,16 +85,13 @@ async def run_jobs(database_url: str, handler: Handler, stopping: asyncio.Event,
     try:
         manager = QueueManager(Queries(AsyncpgPoolDriver(pool)))
 
-        async def handle(job: Job) -> None:
-            file_id, _, variant = (job.payload or b"").decode().partition(" ")
-            if variant and datetime.now(UTC) - job.created > VARIANT_AWAITED:
-                return
+        async def put_off(job: Job) -> None:
             try:
-                await handler(UUID(file_id), variant or None, job.attempts, (-job.priority, job.id))
+                await handle(job)
             except Retry as problem:
                 raise RetryRequested(delay=timedelta(seconds=problem.delay_seconds), reason=str(problem)) from problem
 
-        manager.entrypoint(ENTRYPOINT, on_failure="hold", accepts_context=False)(handle)
+        manager.entrypoint(entrypoint, on_failure="hold", accepts_context=False)(put_off)
         running = asyncio.create_task(
             manager.run(
                 dequeue_timeout=_POLL,
