@@ -24,6 +24,7 @@ from server.previews.scratch import remove_left_over
 from server.previews.worker import Make, PreviewWorker
 from server.settings import SettingError, Settings, variable
 from server.vault import Vault
+from server.webhooks import Sender
 
 _LONGEST_PAUSE_SECONDS = 30.0
 _WATCH_SECONDS = 1.0
@@ -31,6 +32,8 @@ _DERIVING_SHARE = 0.1
 """Of the time at most, however many users have files that wait: all of their first ones are looked at each time."""
 _PURGE_SECONDS = 600.0
 _BATCH = 1_000
+_LOOK_SECONDS = 0.5
+_DEAD_LETTERS_KNOWN_DAYS = 30
 _NICENESS = 10
 """Previews wait for requests, never the other way round."""
 HEARTBEAT_SECONDS = 20.0
@@ -62,6 +65,7 @@ async def work(settings: Settings, make: Make, make_variant: MakeVariant, *, hea
     housekeeping = Housekeeping(settings, db, vault, intake)
     fetcher = Fetcher(Rules.from_settings(settings))
     counts = ledger.WorkCounts()
+    sender = Sender(db, fetcher, counts)
     client = new_client()
     adapters = {each.name: adapter for each in settings.pipelines if (adapter := adapter_of(each, client)) is not None}
     if adapters and not settings.link_keys:
@@ -107,6 +111,7 @@ async def work(settings: Settings, make: Make, make_variant: MakeVariant, *, hea
     async def purge() -> None:
         await asyncio.to_thread(remove_left_over)
         await ledger.purge_job_log(db, _BATCH)
+        await ledger.purge_deliveries(db, _DEAD_LETTERS_KNOWN_DAYS, _BATCH)
 
     try:
         async with supervision.supervised():
@@ -115,10 +120,12 @@ async def work(settings: Settings, make: Make, make_variant: MakeVariant, *, hea
                 _repeat(generation_jobs, _WATCH_SECONDS, stopping),
                 _repeat(watch, _WATCH_SECONDS, stopping),
                 _repeat(housekeeping.renew, settings.reservation_lease_seconds / 4, stopping),
+                _repeat(sender.look, _LOOK_SECONDS, stopping),
                 _repeat(purge, _PURGE_SECONDS, stopping),
             )
     finally:
-        await asyncio.gather(*forgiving, tell(), return_exceptions=True)
+        await asyncio.gather(*forgiving, sender.stop(), return_exceptions=True)
+        await asyncio.gather(tell(), return_exceptions=True)
         await client.aclose()
         if intake.scanner is not None:
             intake.scanner.close()

@@ -463,6 +463,26 @@ begin
 end
 $$;
 
+CREATE FUNCTION public.fan_out_events_v1() RETURNS trigger
+    LANGUAGE plpgsql
+    SET search_path TO 'public', 'pg_temp'
+    AS $$
+-- Invariant: an event and its deliveries are committed together or not at all.
+-- Fires: after each INSERT into events, once per statement. Events of one file are in the order of their ids, because whoever appends one
+--   has the file's row locked until its commit; so are the deliveries.
+-- Locks: none but those of the new rows. Cost: about 10 microseconds without endpoints; one insert for each endpoint that wants the event.
+-- Why not Python: a server that dies after its commit would tell nobody.
+begin
+    if exists (select from webhook_endpoints) then
+        insert into webhook_deliveries (endpoint_id, event_id, order_key)
+        select w.id, n.id, coalesce(n.file_id::text, n.payload ->> 'job_id', 'user ' || n.user_id)
+          from new_rows n join webhook_endpoints w on w.types is null or n.type = any (w.types)
+         order by n.id;
+    end if;
+    return null;
+end
+$$;
+
 CREATE FUNCTION public.fetch_output_v1(p_job_id uuid, p_output_index integer, p_url text) RETURNS text
     LANGUAGE plpgsql
     SET search_path TO 'public', 'pg_temp'
@@ -1921,6 +1941,43 @@ CREATE TABLE public.volumes (
     CONSTRAINT volumes_state_known CHECK ((state = ANY (ARRAY['open'::text, 'read_only'::text])))
 );
 
+CREATE TABLE public.webhook_deliveries (
+    id bigint NOT NULL,
+    endpoint_id uuid NOT NULL,
+    event_id bigint NOT NULL,
+    order_key text NOT NULL,
+    state text DEFAULT 'pending'::text NOT NULL,
+    tries integer DEFAULT 0 NOT NULL,
+    due_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    give_up_at timestamp with time zone DEFAULT (clock_timestamp() + '3 days'::interval) NOT NULL,
+    last_failure text,
+    CONSTRAINT webhook_deliveries_state_known CHECK ((state = ANY (ARRAY['pending'::text, 'dead'::text])))
+);
+
+ALTER TABLE public.webhook_deliveries ALTER COLUMN id ADD GENERATED ALWAYS AS IDENTITY (
+    SEQUENCE NAME public.webhook_deliveries_id_seq
+    START WITH 1
+    INCREMENT BY 1
+    NO MINVALUE
+    NO MAXVALUE
+    CACHE 1
+);
+
+CREATE TABLE public.webhook_endpoints (
+    id uuid NOT NULL,
+    url text NOT NULL,
+    types text[],
+    description text NOT NULL,
+    secret text NOT NULL,
+    old_secret text,
+    old_secret_until timestamp with time zone,
+    last_sent_at timestamp with time zone,
+    last_failed_at timestamp with time zone,
+    last_failure text,
+    created_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    CONSTRAINT webhook_endpoints_types_not_empty CHECK ((cardinality(types) > 0))
+);
+
 ALTER TABLE ONLY public.pgqueuer ALTER COLUMN id SET DEFAULT nextval('public.pgqueuer_id_seq'::regclass);
 
 ALTER TABLE ONLY public.pgqueuer_schedules ALTER COLUMN id SET DEFAULT nextval('public.pgqueuer_schedules_id_seq'::regclass);
@@ -2025,6 +2082,12 @@ ALTER TABLE ONLY public.volume_scrubs
 
 ALTER TABLE ONLY public.volumes
     ADD CONSTRAINT volumes_pkey PRIMARY KEY (id);
+
+ALTER TABLE ONLY public.webhook_deliveries
+    ADD CONSTRAINT webhook_deliveries_pkey PRIMARY KEY (id);
+
+ALTER TABLE ONLY public.webhook_endpoints
+    ADD CONSTRAINT webhook_endpoints_pkey PRIMARY KEY (id);
 
 CREATE INDEX audit_log_by_actor ON public.audit_log USING btree (actor_id, at, id) WHERE (actor_id IS NOT NULL);
 
@@ -2188,6 +2251,14 @@ CREATE INDEX user_storage_warned ON public.user_storage USING btree (warned_perc
 
 CREATE UNIQUE INDEX volumes_reserved_for ON public.volumes USING btree (reserved_for) WHERE (reserved_for IS NOT NULL);
 
+CREATE INDEX webhook_deliveries_dead ON public.webhook_deliveries USING btree (endpoint_id, id) WHERE (state = 'dead'::text);
+
+CREATE INDEX webhook_deliveries_due ON public.webhook_deliveries USING btree (endpoint_id, due_at, id) WHERE (state = 'pending'::text);
+
+CREATE INDEX webhook_deliveries_event ON public.webhook_deliveries USING btree (event_id);
+
+CREATE INDEX webhook_deliveries_order ON public.webhook_deliveries USING btree (endpoint_id, order_key, id) WHERE (state = 'pending'::text);
+
 CREATE TRIGGER correct_counters BEFORE INSERT ON public.counter_corrections FOR EACH ROW EXECUTE FUNCTION public.correct_counters_v1();
 
 CREATE TRIGGER count_deleted AFTER DELETE ON public.previews REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.previews_deleted_v1();
@@ -2197,6 +2268,8 @@ CREATE TRIGGER count_inserted AFTER INSERT ON public.previews REFERENCING NEW TA
 CREATE TRIGGER count_updated AFTER UPDATE ON public.previews REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.previews_updated_v1();
 
 CREATE TRIGGER enqueue_previews AFTER INSERT ON public.user_files REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.enqueue_previews_v1();
+
+CREATE TRIGGER fan_out AFTER INSERT ON public.events REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION public.fan_out_events_v1();
 
 CREATE TRIGGER forget_media AFTER DELETE ON public.user_files REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.forget_media_v1();
 
@@ -2302,3 +2375,6 @@ ALTER TABLE ONLY public.user_storage_by_type
 
 ALTER TABLE ONLY public.user_storage
     ADD CONSTRAINT user_storage_volume FOREIGN KEY (volume_id) REFERENCES public.volumes(id);
+
+ALTER TABLE ONLY public.webhook_deliveries
+    ADD CONSTRAINT webhook_deliveries_event FOREIGN KEY (event_id) REFERENCES public.events(id) ON DELETE CASCADE;

@@ -6,7 +6,7 @@ from litestar import Litestar, Request
 from litestar.datastructures import State
 from litestar.exceptions import HTTPException, ValidationException
 
-from server.api import files, generate, health, links, media, openapi, presets, storage, trail, trash, users
+from server.api import files, generate, health, links, media, openapi, presets, storage, trail, trash, users, webhooks
 from server.api.door import services_of
 from server.api.front import ASGIApp
 from server.api.problems import COMMON_HEADERS, HttpRefusal
@@ -30,6 +30,7 @@ def build(services: Services) -> ASGIApp:
         media.router,
         users.router,
         trail.router,
+        webhooks.router,
         *health.handlers,
     ]
     describing = openapi.handlers(described) if services.settings.schema_documentation else []

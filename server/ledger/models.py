@@ -446,6 +446,57 @@ class Counters(msgspec.Struct, frozen=True, kw_only=True):
         return [name for name, does in agree.items() if not does]
 
 
+class WebhookEndpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """Who is told of events, without secrets. `types` None is all. `pending` and `dead` count what is still to be told, and given up."""
+
+    id: UUID
+    url: str
+    types: list[str] | None
+    description: str
+    created_at: datetime
+    last_sent_at: datetime | None
+    last_failed_at: datetime | None
+    last_failure: str | None
+    pending: int
+    dead: int
+
+
+class DueWebhook(msgspec.Struct, frozen=True, kw_only=True):
+    """An endpoint for which something is due. All of `secrets` sign."""
+
+    id: UUID
+    url: str
+    secrets: list[str]
+
+
+class Delivery(msgspec.Struct, frozen=True, kw_only=True):
+    """An event for one endpoint. `tries` counts this one too."""
+
+    id: int
+    tries: int
+    event_id: int
+    type: str
+    user_id: str
+    file_id: UUID | None
+    payload: dict[str, Any]
+    created_at: datetime
+
+
+class DeadDelivery(msgspec.Struct, frozen=True, kw_only=True):
+    """An event that an endpoint was never told, since `give_up_at`."""
+
+    id: int
+    tries: int
+    last_failure: str | None
+    give_up_at: datetime
+    event_id: int
+    type: str
+    user_id: str
+    file_id: UUID | None
+    payload: dict[str, Any]
+    created_at: datetime
+
+
 # Generation
 
 JobState = Literal["queued", "running", "completed", "partly_completed", "failed", "cancelled", "expired"]

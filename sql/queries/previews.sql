@@ -104,7 +104,8 @@ update user_files set preview_state = 'pending', preview_reason = null, preview_
 -- name: finish_preview
 -- Says what became of the preview of a file that still waits for it with the bytes ($2) that were looked at, where they were ($21), and tells
 -- those who wait.
--- Returns nothing when it does not. The previews of before go, unless one of the same variant takes the place of each.
+-- Returns nothing when it does not. The previews of before go, unless one of the same variant takes the place of each. There is an event of
+-- it only where somebody is told of events: it would be one for each file.
 with done as (
     update user_files
        set preview_state = $3, preview_reason = $4, width = $5, height = $6, resolution = $7, duration_seconds = $8, duration = $9,
@@ -122,6 +123,11 @@ with done as (
     on conflict (file_id, variant) do update
        set file_name = excluded.file_name, mime_type = excluded.mime_type, width = excluded.width, height = excluded.height,
            size_bytes = excluded.size_bytes, created_at = excluded.created_at
+), noted as (
+    insert into events (user_id, type, file_id, payload)
+    select d.user_id, case when $3 = 'ready' then 'preview.ready' else 'preview.failed' end, d.id,
+           jsonb_build_object('preview_state', $3::text, 'preview_reason', $4::text)
+      from done d where exists (select from webhook_endpoints)
 )
 select id, pg_notify('coffer_notice', id || ' ' || user_id) from done;
 

@@ -14,9 +14,10 @@ select (select count(*) from uploads where expires_at < clock_timestamp()) as re
 select user_id from user_storage where held_at is not null;
 
 -- name: purge_events
--- Deletes those of the $2 oldest events that are older than $1 days, and tells how many.
+-- Deletes those of the $2 oldest events that are older than $1 days, and tells how many. What is still to be told to an endpoint stays.
 with oldest as materialized (
     select e.id, e.created_at from events e
+     where not exists (select from webhook_deliveries d where d.event_id = e.id and d.state = 'pending')
      order by e.id limit $2
 ), gone as (
     delete from events e using oldest o where e.id = o.id and o.created_at < now() - make_interval(days => $1) returning 1

@@ -145,10 +145,12 @@ def test_unknown_and_repeated_parameters_are_refused(api: RunningServer) -> None
         ("GET", "/api/generate"),
         ("GET", "/api/generate/status/{job_id}"),
         ("GET", "/api/media"),
+        ("GET", "/api/webhooks/{webhook_id}/dead-letters"),
     }
     with api.client("ada") as client:
+        webhook_id = client.post("/api/webhooks", json={"url": "https://app.example.com/"}).json()["id"]
         for (method, template), parameters in routes.items():
-            path = template.replace("{file_id}", MISSING).replace("{job_id}", MISSING)
+            path = template.replace("{file_id}", MISSING).replace("{job_id}", MISSING).replace("{webhook_id}", webhook_id)
             for name in ("nonsense", "Limit", "file_type", "request", "", "ü&"):
                 problem = client.request(method, path, params={name: "1"}).json()
                 assert (problem["status"], problem["code"], problem["field"]) == (400, "invalid_request", name)
@@ -163,6 +165,7 @@ def test_unknown_and_repeated_parameters_are_refused(api: RunningServer) -> None
             if "limit" in parameters:
                 assert client.get(f"{path}?&limit=1&").status_code == 200
             assert httpx.request(method, f"{api.url}{path}?nonsense").status_code == 401  # who asks comes first
+        client.delete(f"/api/webhooks/{webhook_id}").raise_for_status()
 
 
 @pytest.mark.parametrize(
