@@ -342,6 +342,10 @@ class Settings:
     fetch_bytes_per_second: int | None = setting(
         None, "Most bytes a second of one such fetch; `unlimited` for any number.", read=values.optional_whole, at_least=1
     )
+    fetches_at_once: int = setting(4, "Linked assets that a worker imports at once.", read=values.whole, at_least=1)
+    asset_check_seconds: int = setting(
+        86_400, "How often the worker looks whether a linked asset is still there.", read=values.whole, at_least=60
+    )
     pipelines: tuple[Pipeline, ...] = setting(
         (),
         "Pipelines that work on generation jobs, as a JSON list (see Generation). Jobs of no pipeline wait for who holds their secret.",

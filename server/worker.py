@@ -7,6 +7,7 @@ import signal
 from collections.abc import Awaitable, Callable
 
 from server import ledger, logs, supervision
+from server.assets import AssetWorker
 from server.delivery import Links
 from server.errors import CofferError
 from server.fetching import Fetcher, Rules
@@ -50,7 +51,7 @@ def main() -> None:
 
 
 async def work(settings: Settings, make: Make, make_variant: MakeVariant, *, heartbeat_seconds: float = HEARTBEAT_SECONDS) -> None:
-    """Makes previews by `make` and `make_variant`, and does what generation jobs need, until SIGTERM or SIGINT.
+    """Makes previews by `make` and `make_variant`, and does what generation jobs, linked assets and webhooks need, until SIGTERM or SIGINT.
 
     Then it finishes those under way and leaves the others to the next start.
     """
@@ -66,6 +67,7 @@ async def work(settings: Settings, make: Make, make_variant: MakeVariant, *, hea
     fetcher = Fetcher(Rules.from_settings(settings))
     counts = ledger.WorkCounts()
     sender = Sender(db, fetcher, counts)
+    assets = AssetWorker(db, fetcher, intake, counts)
     client = new_client()
     adapters = {each.name: adapter for each in settings.pipelines if (adapter := adapter_of(each, client)) is not None}
     if adapters and not settings.link_keys:
@@ -121,10 +123,11 @@ async def work(settings: Settings, make: Make, make_variant: MakeVariant, *, hea
                 _repeat(watch, _WATCH_SECONDS, stopping),
                 _repeat(housekeeping.renew, settings.reservation_lease_seconds / 4, stopping),
                 _repeat(sender.look, _LOOK_SECONDS, stopping),
+                _repeat(assets.look, _LOOK_SECONDS, stopping),
                 _repeat(purge, _PURGE_SECONDS, stopping),
             )
     finally:
-        await asyncio.gather(*forgiving, sender.stop(), return_exceptions=True)
+        await asyncio.gather(*forgiving, sender.stop(), assets.stop(), return_exceptions=True)
         await asyncio.gather(tell(), return_exceptions=True)
         await client.aclose()
         if intake.scanner is not None:

@@ -1026,6 +1026,32 @@ begin
 end
 $$;
 
+CREATE FUNCTION public.remember_asset_v1() RETURNS trigger
+    LANGUAGE plpgsql
+    SET search_path TO 'public', 'pg_temp'
+    AS $$
+-- Invariant: the memory of making says of linked media what is known of the asset with its id: where it lives, whether it can be reached,
+--   and which file it was imported as. With that file it is forgotten, and with the asset where it never became a file.
+-- Fires: after each row of an INSERT or a DELETE, and of an UPDATE that changes one of these. Locks: the media's row, after the asset's.
+-- Cost: about 100 microseconds; none where a worker only takes an asset in hand.
+-- Why not Python: a look, an import, a replacement and a deletion come from several processes.
+begin
+    if tg_op = 'DELETE' then
+        delete from generated_media where id = old.id and file_id is null;
+        return null;
+    end if;
+    insert into generated_media as m (id, user_id, file_id, entity_type, entity_id, project_id, media_type, source_type, original_url,
+                                      is_accessible, last_checked_at, root_id, created_at)
+    values (new.id, new.user_id, new.file_id, new.entity_type, new.entity_id, new.project_id, new.media_type,
+            case when new.version > 1 then 'replaced' else 'linked' end, new.url, new.state <> 'unreachable', new.last_checked_at, new.id,
+            new.created_at)
+    on conflict (id) do update
+       set file_id = excluded.file_id, source_type = excluded.source_type, original_url = excluded.original_url,
+           is_accessible = excluded.is_accessible, last_checked_at = excluded.last_checked_at;
+    return null;
+end
+$$;
+
 CREATE FUNCTION public.remove_previews_v1() RETURNS trigger
     LANGUAGE plpgsql
     SET search_path TO 'public', 'pg_temp'
@@ -1690,6 +1716,39 @@ ALTER TABLE public.lifecycle_rules ALTER COLUMN id ADD GENERATED ALWAYS AS IDENT
     CACHE 1
 );
 
+CREATE TABLE public.linked_assets (
+    id uuid NOT NULL,
+    user_id character varying(255) NOT NULL,
+    url text NOT NULL,
+    fetch_url text NOT NULL,
+    version integer DEFAULT 1 NOT NULL,
+    details jsonb NOT NULL,
+    media_type text,
+    entity_type character varying(64),
+    entity_id character varying(255),
+    project_id character varying(255),
+    state text DEFAULT 'unchecked'::text NOT NULL,
+    reason text,
+    mime_type text,
+    size_bytes bigint,
+    failures integer DEFAULT 0 NOT NULL,
+    last_checked_at timestamp with time zone,
+    last_reachable_at timestamp with time zone,
+    check_at timestamp with time zone DEFAULT clock_timestamp(),
+    import_state text,
+    import_reason text,
+    import_actor jsonb,
+    import_kinds text[],
+    import_at timestamp with time zone,
+    file_id uuid,
+    created_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    updated_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    CONSTRAINT linked_assets_entity_has_media_type CHECK (((entity_id IS NULL) OR (media_type IS NOT NULL))),
+    CONSTRAINT linked_assets_entity_is_whole CHECK (((entity_type IS NULL) = (entity_id IS NULL))),
+    CONSTRAINT linked_assets_import_state_known CHECK ((import_state = ANY (ARRAY['pending'::text, 'done'::text, 'failed'::text]))),
+    CONSTRAINT linked_assets_state_known CHECK ((state = ANY (ARRAY['unchecked'::text, 'reachable'::text, 'unreachable'::text])))
+);
+
 CREATE TABLE public.pgqueuer (
     id bigint NOT NULL,
     priority integer NOT NULL,
@@ -2023,6 +2082,9 @@ ALTER TABLE ONLY public.generation_outputs
 ALTER TABLE ONLY public.lifecycle_rules
     ADD CONSTRAINT lifecycle_rules_pkey PRIMARY KEY (id);
 
+ALTER TABLE ONLY public.linked_assets
+    ADD CONSTRAINT linked_assets_pkey PRIMARY KEY (id);
+
 ALTER TABLE ONLY public.pgqueuer_log
     ADD CONSTRAINT pgqueuer_log_pkey PRIMARY KEY (id);
 
@@ -2136,6 +2198,12 @@ CREATE INDEX generation_messages_received ON public.generation_messages USING bt
 CREATE INDEX generation_outputs_fetching ON public.generation_outputs USING btree (file_id) WHERE (state = 'fetching'::text);
 
 CREATE UNIQUE INDEX generation_outputs_file ON public.generation_outputs USING btree (file_id);
+
+CREATE INDEX linked_assets_by_user ON public.linked_assets USING btree (user_id, id);
+
+CREATE INDEX linked_assets_check ON public.linked_assets USING btree (check_at) WHERE (check_at IS NOT NULL);
+
+CREATE INDEX linked_assets_import ON public.linked_assets USING btree (import_at) WHERE (import_state = 'pending'::text);
 
 CREATE INDEX pgqueuer_ep_ea_idx ON public.pgqueuer USING btree (entrypoint, execute_after) WHERE (status = 'queued'::public.pgqueuer_status);
 
@@ -2331,6 +2399,12 @@ CREATE TRIGGER refuse_while_stopped BEFORE INSERT ON public.uploads FOR EACH STA
 
 CREATE TRIGGER refuse_while_stopped BEFORE INSERT ON public.user_files FOR EACH STATEMENT EXECUTE FUNCTION public.refuse_while_stopped_v1();
 
+CREATE TRIGGER remember_added AFTER INSERT ON public.linked_assets FOR EACH ROW WHEN ((new.media_type IS NOT NULL)) EXECUTE FUNCTION public.remember_asset_v1();
+
+CREATE TRIGGER remember_changed AFTER UPDATE ON public.linked_assets FOR EACH ROW WHEN (((new.media_type IS NOT NULL) AND ((old.version <> new.version) OR (old.state <> new.state) OR (old.last_checked_at IS DISTINCT FROM new.last_checked_at) OR (old.file_id IS DISTINCT FROM new.file_id)))) EXECUTE FUNCTION public.remember_asset_v1();
+
+CREATE TRIGGER remember_deleted AFTER DELETE ON public.linked_assets FOR EACH ROW WHEN ((old.media_type IS NOT NULL)) EXECUTE FUNCTION public.remember_asset_v1();
+
 CREATE TRIGGER remove_previews AFTER DELETE ON public.user_files REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.remove_previews_v1();
 
 CREATE TRIGGER search_deleted AFTER DELETE ON public.user_files REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION public.user_files_index_deleted_v1();
@@ -2354,6 +2428,9 @@ ALTER TABLE ONLY public.generation_jobs
 
 ALTER TABLE ONLY public.generation_outputs
     ADD CONSTRAINT generation_outputs_job FOREIGN KEY (job_id) REFERENCES public.generation_jobs(id) ON DELETE CASCADE;
+
+ALTER TABLE ONLY public.linked_assets
+    ADD CONSTRAINT linked_assets_owner FOREIGN KEY (user_id) REFERENCES public.user_storage(user_id) ON DELETE CASCADE;
 
 ALTER TABLE ONLY public.resumable_uploads
     ADD CONSTRAINT resumable_uploads_user_fkey FOREIGN KEY (user_id) REFERENCES public.user_storage(user_id) ON DELETE CASCADE;

@@ -6,7 +6,7 @@ from litestar import Litestar, Request
 from litestar.datastructures import State
 from litestar.exceptions import HTTPException, ValidationException
 
-from server.api import files, generate, health, links, media, openapi, presets, storage, trail, trash, users, webhooks
+from server.api import assets, files, generate, health, links, media, openapi, presets, storage, trail, trash, users, webhooks
 from server.api.door import services_of
 from server.api.front import ASGIApp
 from server.api.problems import COMMON_HEADERS, HttpRefusal
@@ -31,6 +31,7 @@ def build(services: Services) -> ASGIApp:
         users.router,
         trail.router,
         webhooks.router,
+        assets.router,
         *health.handlers,
     ]
     describing = openapi.handlers(described) if services.settings.schema_documentation else []
@@ -76,6 +77,8 @@ def _invalid(request: Request[Any, Any, Any], error: ValidationException) -> Inv
             return InvalidRequest(name, "must be true or false")
         case "sort":
             return InvalidRequest("sort", f"must be one of {', '.join(get_args(files.Sort))}")
+        case "of_state":
+            return InvalidRequest("state", f"must be one of {', '.join(get_args(assets.State))}")
         case "file_type":
             return InvalidRequest("type", f"must be one of {', '.join(get_args(files.Kind))}")
         case "job_state":

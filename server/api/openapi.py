@@ -26,6 +26,7 @@ Handler = HTTPRouteHandler | Router
 _METHODS = ("get", "head", "post", "put", "patch", "delete")
 _WEBHOOK = "/api/generate/webhook"
 _ACTS_FOR_A_USER = (
+    "/api/assets",
     "/api/files",
     "/api/generate",
     "/api/links",
@@ -49,6 +50,8 @@ _CLOSED = (
     "WebhookWish",
     "RotationWish",
     "RedeliveryWish",
+    "AssetWish",
+    "AssetReplacement",
     "GenerateWish",
     "OutputSpec",
     "CallbackWish",

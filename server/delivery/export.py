@@ -14,6 +14,7 @@ import re
 import tarfile
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime
+from functools import partial
 from tempfile import TemporaryFile
 from typing import IO, Any, Literal, TypeVar
 from urllib.parse import quote
@@ -25,6 +26,7 @@ from server import ledger
 from server.errors import DatabaseUnavailable, NotFound, VolumeUnavailable
 from server.kinds import DIRECTORIES
 from server.ledger import Database, File, User
+from server.ledger.export import RECORD_KINDS, Record, RecordKind, page_of_user_records
 from server.vault import Vault
 from server.vault.volume import Handle, Volume
 
@@ -101,6 +103,8 @@ class Export:
                     index.write(_row(file, path, status).encode())
                     is_first = False
             about.write(b"\n]")
+            for kind in RECORD_KINDS:
+                await self._tell(about, kind, began_at)
             _end_about(about, self._counts)
             _end_index(index)
             for name, spool in (("metadata.json", about), ("index.html", index)):
@@ -117,6 +121,14 @@ class Export:
         if self._audit_reads and page:
             await ledger.record_reads(self._db, "file.downloaded", self._user.user_id, [file.id for file in page])
         return page
+
+    async def _tell(self, about: IO[bytes], kind: RecordKind, began_at: datetime) -> None:
+        about.write(f',"{kind}":[\n'.encode())
+        after: Record | None = None
+        while page := await _patiently(partial(page_of_user_records, self._db, kind, self._user.user_id, after, began_at, _PAGE)):
+            about.write(((",\n" if after else "") + ",\n".join(each.json for each in page)).encode())
+            after = page[-1]
+        about.write(b"\n]")
 
     async def _open(self, file: File) -> tuple[File, Handle | None, Status]:
         """The file as its row is now, opened. Deleting, replacing and renaming change the row before they take the old name away."""

@@ -497,6 +497,43 @@ class DeadDelivery(msgspec.Struct, frozen=True, kw_only=True):
     created_at: datetime
 
 
+class AssetSubject(msgspec.Struct, frozen=True, kw_only=True):
+    """What linked media shows, in the app's own words. Without a `media_type` it is not remembered as media, and shows no entity."""
+
+    media_type: str | None = None
+    entity_type: str | None = None
+    entity_id: str | None = None
+    project_id: str | None = None
+
+
+class Asset(msgspec.Struct, frozen=True, kw_only=True):
+    """Media that lives elsewhere. `details` and `import_actor` are JSON, the latter of an actor; `version` counts the URLs that it has had.
+
+    `file_id` names what it was imported as, and may have been deleted since.
+    """
+
+    id: UUID
+    user_id: str
+    url: str
+    fetch_url: str
+    version: int
+    details: str
+    state: str
+    reason: str | None
+    mime_type: str | None
+    size_bytes: int | None
+    failures: int
+    last_checked_at: datetime | None
+    last_reachable_at: datetime | None
+    import_state: str | None
+    import_reason: str | None
+    import_actor: str | None
+    import_kinds: list[str] | None
+    file_id: UUID | None
+    created_at: datetime
+    updated_at: datetime
+
+
 # Generation
 
 JobState = Literal["queued", "running", "completed", "partly_completed", "failed", "cancelled", "expired"]

@@ -142,6 +142,7 @@ def test_unknown_and_repeated_parameters_are_refused(api: RunningServer) -> None
         ("GET", "/api/users"),
         ("GET", "/api/storage/{file_id}/url"),
         ("GET", "/api/audit"),
+        ("GET", "/api/assets"),
         ("GET", "/api/generate"),
         ("GET", "/api/generate/status/{job_id}"),
         ("GET", "/api/media"),

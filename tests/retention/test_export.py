@@ -1,6 +1,7 @@
 """Exports: everything that a user has stored, readable by anybody's tar, while it changes, in flat memory."""
 
 import asyncio
+import base64
 import io
 import json
 import os
@@ -8,7 +9,7 @@ import re
 import subprocess
 import sys
 import tarfile
-from datetime import datetime, timedelta, tzinfo
+from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -22,6 +23,7 @@ from server.auth import Scope
 from server.commands.failures import Exit
 from server.delivery.export import Export
 from server.ledger import Database
+from server.ledger.export import Record, page_of_user_records
 from server.settings import Settings
 from server.vault import Vault
 from tests.ops.conftest import path_of
@@ -97,6 +99,58 @@ def test_everything_is_in_it(trashing: RunningServer, user: str, tmp_path: Path)
     with trashing.client() as admin:
         (record,) = admin.get("/api/audit", params={"user": user, "action": "user.exported"}).json()["records"]
     assert record["detail"]["file_count"] == len(bytes_of)
+
+
+def test_what_else_is_known_of_them(trashing: RunningServer, user: str) -> None:
+    secret = "whsec_" + base64.b64encode(bytes(24)).decode()
+    with trashing.client(user) as client:
+        store(trashing, user)
+        wish = {"model": "a-model", "entity_type": "character", "entity_id": "mira", "outputs": [{"max_bytes": 10_000}]}
+        callback = {"callback": {"url": "https://app.example.com/told", "secret": secret}}
+        tickets = [
+            client.post(
+                "/api/generate", json={**wish, **callback, "entity_type": "character", "entity_id": "mira", "prompt": f"Mira {number}"}
+            ).json()
+            for number in range(3)
+        ]
+        client.put(tickets[0]["uploads"][0]["url"], content=image(500)).raise_for_status()
+        for number in range(3):
+            client.post("/api/assets/link", json={"url": f"https://example.com/{number}.jpg"}).raise_for_status()
+        answer = client.get(f"/api/users/{user}/export")
+    with trashing.client(f"{user}-2") as other:
+        store(trashing, f"{user}-2")
+        theirs = other.get(f"/api/users/{user}-2/export")
+    facts = about(tarfile.open(fileobj=io.BytesIO(answer.content)))  # noqa: SIM115 - in memory
+    assert [job["prompt_used"] for job in facts["generation_jobs"]] == ["Mira 0", "Mira 1", "Mira 2"]
+    assert [media["prompt_used"] for media in facts["generated_media"]] == ["Mira 0"]
+    assert [asset["url"] for asset in facts["linked_assets"]] == [f"https://example.com/{number}.jpg" for number in range(3)]
+    assert secret not in json.dumps(facts)
+    facts = about(tarfile.open(fileobj=io.BytesIO(theirs.content)))  # noqa: SIM115 - in memory
+    assert (facts["generation_jobs"], facts["generated_media"], facts["linked_assets"]) == ([], [], [])
+
+
+@pytest.mark.anyio
+async def test_records_come_page_by_page(trashing: RunningServer, user: str) -> None:
+    with trashing.client(user) as client:
+        store(trashing, user)
+        for number in range(5):
+            client.post("/api/assets/link", json={"url": f"https://example.com/{number}.jpg"}).raise_for_status()
+            wish = {"prompt": str(number), "outputs": [{"max_bytes": 10_000}]}
+            client.post("/api/generate", json={**wish, "entity_type": "character", "entity_id": "mira"}).raise_for_status()
+    db = Database(Settings(database_url=trashing.database_url))
+    await db.open()
+    try:
+        now = datetime.now(UTC) + timedelta(minutes=1)
+        for kind, field, values in (
+            ("linked_assets", "url", [f"https://example.com/{number}.jpg" for number in range(5)]),
+            ("generation_jobs", "prompt_used", [str(number) for number in range(5)]),
+        ):
+            read: list[Record] = []
+            while page := await page_of_user_records(db, kind, user, read[-1] if read else None, now, 2):  # type: ignore[arg-type]
+                read += page
+            assert [json.loads(each.json)[field] for each in read] == values
+    finally:
+        await db.close()
 
 
 def test_who_may(trashing: RunningServer, user: str) -> None:
