@@ -21,6 +21,7 @@ from server.auth import Authenticator, TokenUsers, UserTokens
 from server.delivery import AwaitedPreviews, Delivery, Links
 from server.generation import Generation
 from server.generation.service import WEBHOOK_PATH
+from server.generation.sheets import Sheets
 from server.intake import Housekeeping, Intake, ResumableUploads, Scanner
 from server.ledger import Database, Notices, RememberedFigures
 from server.rates import Buckets
@@ -72,6 +73,7 @@ def assemble(settings: Settings) -> Front:
         ),
         links=links,
         generation=Generation(settings, db, intake, links),
+        sheets=Sheets(db, notices, settings.preview_wait_seconds, streams.stopping),
         authenticator=Authenticator(
             db, settings.api_key_cache_seconds, tokens=UserTokens.from_settings(settings), token_users=TokenUsers(settings, db)
         ),

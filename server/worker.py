@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 from collections.abc import Awaitable, Callable
+from uuid import UUID
 
 from server import ledger, logs, supervision
 from server.assets import AssetWorker
@@ -13,12 +14,15 @@ from server.errors import CofferError
 from server.fetching import Fetcher, Rules
 from server.generation import Generation
 from server.generation.adapters import adapter_of, new_client
+from server.generation.sheet_maker import SheetMaker
+from server.generation.sheets import JOB as SHEET_JOB
 from server.generation.worker import ENTRYPOINT, GenerationWorker
 from server.intake import Housekeeping, Intake, Scanner
 from server.ledger import Database
 from server.ledger.queue import run_jobs, run_text_jobs
+from server.ledger.sheets import purge_sheets
 from server.metrics import Metrics
-from server.previews.making import make, make_variant
+from server.previews.making import make, make_sheet, make_variant
 from server.previews.models import Wishes
 from server.previews.on_demand import MakeVariant, OnDemand
 from server.previews.scratch import remove_left_over
@@ -35,6 +39,7 @@ _PURGE_SECONDS = 600.0
 _BATCH = 1_000
 _LOOK_SECONDS = 0.5
 _DEAD_LETTERS_KNOWN_DAYS = 30
+_SHEET_WAITS_SECONDS = 86_400.0
 _NICENESS = 10
 """Previews wait for requests, never the other way round."""
 HEARTBEAT_SECONDS = 20.0
@@ -75,6 +80,8 @@ async def work(settings: Settings, make: Make, make_variant: MakeVariant, *, hea
     generation = Generation(settings, db, intake, Links(settings.link_keys))
     generating = GenerationWorker(db, intake, generation, fetcher, adapters, counts)
 
+    sheets = SheetMaker(db, vault, intake, make_sheet)
+
     def stop() -> None:
         stopping.set()
         worker.stop()
@@ -101,10 +108,16 @@ async def work(settings: Settings, make: Make, make_variant: MakeVariant, *, hea
         if figures := worker.figures.take():
             await ledger.add_preview_figures(db, figures)
 
+    async def handle(file_id: UUID, variant: str | None, put_off: int, place: tuple[int, int]) -> None:
+        if variant == SHEET_JOB:
+            await sheets.handle(file_id, put_off)
+        else:
+            await worker.handle(file_id, variant, put_off, place)
+
     async def jobs() -> None:
         await vault.refresh(await ledger.list_volumes(db))
         log.info("ready")
-        await run_jobs(settings.database_url, worker.handle, stopping, heartbeat_seconds=heartbeat_seconds)
+        await run_jobs(settings.database_url, handle, stopping, heartbeat_seconds=heartbeat_seconds)
 
     async def generation_jobs() -> None:
         await vault.refresh(await ledger.list_volumes(db))
@@ -113,6 +126,7 @@ async def work(settings: Settings, make: Make, make_variant: MakeVariant, *, hea
     async def purge() -> None:
         await asyncio.to_thread(remove_left_over)
         await ledger.purge_job_log(db, _BATCH)
+        await purge_sheets(db, _SHEET_WAITS_SECONDS, _BATCH)
         await ledger.purge_deliveries(db, _DEAD_LETTERS_KNOWN_DAYS, _BATCH)
 
     try:

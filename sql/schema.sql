@@ -1890,6 +1890,19 @@ CREATE TABLE public.resumable_uploads (
     CONSTRAINT resumable_uploads_offset_bytes_within CHECK (((offset_bytes >= 0) AND (offset_bytes <= length_bytes)))
 );
 
+CREATE TABLE public.sheets (
+    id uuid NOT NULL,
+    user_id character varying(255) NOT NULL,
+    digest bytea NOT NULL,
+    pictures uuid[] NOT NULL,
+    sheet jsonb NOT NULL,
+    details jsonb NOT NULL,
+    actor jsonb,
+    problem jsonb,
+    requested_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    CONSTRAINT sheets_digest_sha256 CHECK ((octet_length(digest) = 32))
+);
+
 CREATE TABLE public.tombstones (
     id bigint NOT NULL,
     volume_id uuid NOT NULL,
@@ -2112,6 +2125,12 @@ ALTER TABLE ONLY public.quota_rules
 ALTER TABLE ONLY public.resumable_uploads
     ADD CONSTRAINT resumable_uploads_pkey PRIMARY KEY (id);
 
+ALTER TABLE ONLY public.sheets
+    ADD CONSTRAINT sheets_pkey PRIMARY KEY (id);
+
+ALTER TABLE ONLY public.sheets
+    ADD CONSTRAINT sheets_wish UNIQUE (user_id, digest);
+
 ALTER TABLE ONLY public.tombstones
     ADD CONSTRAINT tombstones_pkey PRIMARY KEY (id);
 
@@ -2244,6 +2263,8 @@ CREATE INDEX resumable_uploads_joined ON public.resumable_uploads USING btree (j
 CREATE INDEX resumable_uploads_parts ON public.resumable_uploads USING btree ((parts[1])) WHERE (parts IS NOT NULL);
 
 CREATE INDEX resumable_uploads_user ON public.resumable_uploads USING btree (user_id);
+
+CREATE INDEX sheets_old ON public.sheets USING btree (requested_at);
 
 CREATE INDEX tombstones_by_file ON public.tombstones USING btree (file_id, generation);
 
@@ -2434,6 +2455,9 @@ ALTER TABLE ONLY public.linked_assets
 
 ALTER TABLE ONLY public.resumable_uploads
     ADD CONSTRAINT resumable_uploads_user_fkey FOREIGN KEY (user_id) REFERENCES public.user_storage(user_id) ON DELETE CASCADE;
+
+ALTER TABLE ONLY public.sheets
+    ADD CONSTRAINT sheets_owner FOREIGN KEY (user_id) REFERENCES public.user_storage(user_id) ON DELETE CASCADE;
 
 ALTER TABLE ONLY public.uploads
     ADD CONSTRAINT uploads_owner FOREIGN KEY (user_id) REFERENCES public.user_storage(user_id) ON DELETE CASCADE;

@@ -6,7 +6,7 @@ from litestar import Litestar, Request
 from litestar.datastructures import State
 from litestar.exceptions import HTTPException, ValidationException
 
-from server.api import assets, files, generate, health, links, media, openapi, presets, storage, trail, trash, users, webhooks
+from server.api import assets, compose, files, generate, health, links, media, openapi, presets, storage, trail, trash, users, webhooks
 from server.api.door import services_of
 from server.api.front import ASGIApp
 from server.api.problems import COMMON_HEADERS, HttpRefusal
@@ -27,6 +27,7 @@ def build(services: Services) -> ASGIApp:
         storage.router,
         generate.router,
         presets.router,
+        compose.router,
         media.router,
         users.router,
         trail.router,

@@ -7,6 +7,7 @@ from server.api.streams import Streams
 from server.auth import Authenticator
 from server.delivery import Delivery, Links, RecentLinks
 from server.generation import Generation
+from server.generation.sheets import Sheets
 from server.intake import Intake, Scanner
 from server.ledger import Database, Notices, RememberedFigures
 from server.metrics import Metrics
@@ -25,6 +26,7 @@ class Services:
     delivery: Delivery
     links: Links
     generation: Generation
+    sheets: Sheets
     authenticator: Authenticator
     limits: Limits
     notices: Notices

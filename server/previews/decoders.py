@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import msgspec
@@ -24,6 +25,7 @@ from server.previews import images
 from server.previews.images import Answer, Job
 from server.previews.jail import tell_missing
 from server.previews.models import Made, MadeFile, Unmakeable, Wishes
+from server.previews.sheets import Sheet
 from server.previews.variants import Variant
 from server.settings import read_with_sources
 
@@ -32,7 +34,12 @@ WALL_SECONDS = 60.0
 _START_SECONDS = 60.0
 _LONGEST_ANSWER_BYTES = 32 * 2**20
 
-_MAGIC = {"image/webp": (0, b"RIFF"), "image/avif": (4, b"ftypavif"), "image/jpeg": (0, b"\xff\xd8\xff")}
+_MAGIC = {
+    "image/webp": (0, b"RIFF"),
+    "image/avif": (4, b"ftypavif"),
+    "image/jpeg": (0, b"\xff\xd8\xff"),
+    "image/png": (0, b"\x89PNG"),
+}
 
 log = logging.getLogger("coffer.previews")
 
@@ -62,11 +69,19 @@ class Decoders:
 
     async def make(self, source: Path, mime_type: str, output: Path, wishes: Wishes, *, wall_seconds: float = WALL_SECONDS) -> Made:
         """Like `making.make`, for the types in `images.LOADERS`. Once begun it runs to its end in a thread, within `wall_seconds`."""
-        return await self._run(source, Job(mime_type, wishes=wishes), output, wall_seconds)
+        return await self._run([source], Job((mime_type,), wishes=wishes), output, wall_seconds)
 
     async def make_variant(self, source: Path, mime_type: str, output: Path, variant: Variant) -> MadeFile:
         """Like `making.make_variant`, for the same types."""
-        return (await self._run(source, Job(mime_type, variant=variant), output, WALL_SECONDS)).files[0]
+        return (await self._run([source], Job((mime_type,), variant=variant), output, WALL_SECONDS)).files[0]
+
+    async def make_sheet(self, pictures: Sequence[tuple[Path, str]], output: Path, sheet: Sheet) -> MadeFile:
+        """Makes the file `sheet.name` of pictures with their types, in their order. Raises as `making.make`; `Unmakeable.number` is
+        the picture's.
+        """
+        job = Job(tuple(mime_type for _, mime_type in pictures), sheet=sheet)
+        wall_seconds = WALL_SECONDS * min(len(pictures), images.MOST_AT_LENGTH)
+        return (await self._run([source for source, _ in pictures], job, output, wall_seconds)).files[0]
 
     def close(self) -> None:
         """Ends all decoders, after the images they have in hand."""
@@ -74,24 +89,26 @@ class Decoders:
         while not self._idle.empty():
             self._idle.get_nowait().kill()
 
-    async def _run(self, source: Path, job: Job, output: Path, wall_seconds: float) -> Made:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._make, source, job, output, wall_seconds)
+    async def _run(self, sources: Sequence[Path], job: Job, output: Path, wall_seconds: float) -> Made:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._make, sources, job, output, wall_seconds)
 
-    def _make(self, source: Path, job: Job, output: Path, wall_seconds: float) -> Made:
+    def _make(self, sources: Sequence[Path], job: Job, output: Path, wall_seconds: float) -> Made:
+        answer = self._answered(sources, job, wall_seconds)
+        _raise(answer, job)
+        _check(answer, job)
+        _store(answer, output)
+        return answer.made
+
+    def _answered(self, sources: Sequence[Path], job: Job, wall_seconds: float, passed: Sequence[int] = ()) -> Answer:
         decoder = self._taken()
         try:
-            answer = decoder.ask(source, job, wall_seconds)
+            answer = decoder.ask(sources, job, wall_seconds, passed)
         except BaseException:
             decoder.kill()
             raise
         self.peak_bytes = max(self.peak_bytes, decoder.peak_bytes)
         self._idle.put(decoder)
-        if answer.reason is not None:
-            log.info("not decoded: %s", answer.reason, extra={"mime_type": job.mime_type, "detail": answer.detail})
-            raise Unmakeable(answer.reason)
-        _check(answer, job)
-        _store(answer, output)
-        return answer.made
+        return answer
 
     def _taken(self) -> "Decoder":
         """One that is idle and still lives, or a new one."""
@@ -140,14 +157,18 @@ class Decoder:
     def lives(self) -> bool:
         return self._process.poll() is None
 
-    def ask(self, source: Path, job: Job, wall_seconds: float) -> Answer:
-        """Raises `Unmakeable` past the wall-clock time, `Broken` when the decoder or its child died. After any error, kill it."""
+    def ask(self, sources: Sequence[Path], job: Job, wall_seconds: float, passed: Sequence[int] = ()) -> Answer:
+        """The answer of a child that is given the sources, opened, and the descriptors `passed`.
+
+        Raises `Unmakeable` past the wall-clock time, `Broken` when the decoder or its child died. After any error, kill it.
+        """
         deadline = time.monotonic() + wall_seconds
-        with source.open("rb", buffering=0) as image:
+        with ExitStack() as opened:
+            descriptors = [opened.enter_context(source.open("rb", buffering=0)).fileno() for source in sources]
             ours, theirs = os.pipe()
             try:
                 try:
-                    socket.send_fds(self._control, [msgspec.msgpack.encode(job)], [image.fileno(), theirs])
+                    socket.send_fds(self._control, [msgspec.msgpack.encode(job)], [*descriptors, *passed, theirs])
                 except OSError as problem:
                     raise Broken(f"it does not listen: {problem}") from problem
                 finally:
@@ -188,6 +209,12 @@ class Decoder:
         return status
 
 
+def _raise(answer: Answer, job: Job) -> None:
+    if answer.reason is not None:
+        log.info("not decoded: %s", answer.reason, extra={"mime_types": job.mime_types, "detail": answer.detail})
+        raise Unmakeable(answer.reason, answer.number)
+
+
 def _read(pipe: int, deadline: float) -> bytearray:
     """All that comes, and no more than a byte past the longest answer. Raises `Unmakeable` past the deadline."""
     read = bytearray()
@@ -205,10 +232,8 @@ def _read(pipe: int, deadline: float) -> bytearray:
 
 def _check(answer: Answer, job: Job) -> None:
     """Raises `Broken` unless the files are what was asked for: the child that decoded may have been taken over by its image."""
-    widths = job.wishes.image_widths if job.wishes else ()
-    known = {job.variant.name} if job.variant else {"animated.webp", *(f"{width}.webp" for width in widths)}
     names = [each.name for each in answer.made.files]
-    if not names or len(names) != len(answer.contents) or len(set(names)) != len(names) or not known.issuperset(names):
+    if not names or len(names) != len(answer.contents) or len(set(names)) != len(names) or not job.names.issuperset(names):
         raise Broken("the decoder's files are not those asked for")
     for each, content in zip(answer.made.files, answer.contents, strict=True):
         at, magic = _MAGIC.get(each.mime_type, (0, b"?"))

@@ -10,12 +10,13 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
 from server.previews.confinement import Limits, confine, end_with_parent, filter_calls, filter_program, limit, yield_processor
 from server.previews.models import Made, Reason, Wishes
+from server.previews.sheets import MOST_PICTURES, Sheet
 from server.previews.variants import Variant
 
 MIB = 2**20
@@ -42,6 +43,9 @@ MOST_FRAMES = 5_000
 LIMITS = Limits(memory_bytes=1536 * MIB, cpu_seconds=30, file_bytes=0)
 """Memory: the 900 MB above, 350 of libvips' own address space, and the previews. Files are not written at all."""
 
+MOST_AT_LENGTH = 4
+"""Of a sheet's images, that many may each take as long as an image may alone: processor and wall-clock time are so many times as much."""
+
 NICE = 10
 
 OUT_OF_MEMORY = 2
@@ -49,11 +53,26 @@ OUT_OF_MEMORY = 2
 
 
 class Job(msgspec.Struct, frozen=True):
-    """An image to decode, for its previews or for a variant. With it come two descriptors, the image and the pipe for the `Answer`."""
+    """An image to decode, for its previews or for a variant, or several for a sheet; or a file of which to read the `statements`, or to
+    which to give a `mark`. With it come descriptors: of each image, of what `marking` needs besides, and of the pipe for the `Answer`.
+    """
 
-    mime_type: str
+    mime_types: tuple[str, ...]
     wishes: Wishes | None = None
     variant: Variant | None = None
+    sheet: Sheet | None = None
+
+    @property
+    def limits(self) -> Limits:
+        """What doing it may use."""
+        return msgspec.structs.replace(LIMITS, cpu_seconds=LIMITS.cpu_seconds * min(len(self.mime_types), MOST_AT_LENGTH))
+
+    @property
+    def names(self) -> set[str]:
+        """What the files may be called that it is answered with."""
+        if (one := self.variant or self.sheet) is not None:
+            return {one.name}
+        return {"animated.webp", *(f"{width}.webp" for width in (self.wishes or Wishes()).image_widths)}
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,6 +82,11 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     contents: list[bytes] = []
     reason: Reason | None = None
     detail: str = ""
+    number: int = 0
+    """Which of the job's images the reason is about."""
+
+
+Render = Callable[[Sequence[int], Job], Answer]
 
 
 def main() -> None:
@@ -82,12 +106,12 @@ def main() -> None:
     control.sendall(msgspec.msgpack.encode(missing if program else [*missing, "system calls"]))
     has_namespaces = "namespaces" not in missing
     while True:
-        request, descriptors, _, _ = socket.recv_fds(control, 65_536, 2)
+        request, descriptors, _, _ = socket.recv_fds(control, 65_536, MOST_PICTURES + 1)
         if not request:
             return
         parent, child = os.getpid(), os.fork()
         if not child:
-            _answer(render, control, parent, program, has_namespaces, request, *descriptors)
+            _answer(render, control, parent, program, has_namespaces, request, descriptors)
         for each in descriptors:
             os.close(each)
         _, status, used = os.wait4(child, 0)
@@ -95,23 +119,24 @@ def main() -> None:
 
 
 def _answer(
-    render: Callable[[int, Job], Answer],
+    render: Render,
     control: socket.socket,
     parent: int,
     program: bytes | None,
     has_namespaces: bool,
     request: bytes,
-    image_fd: int,
-    answer_fd: int,
+    descriptors: list[int],
 ) -> None:
     """The child's whole life. It leaves by `_exit`, for there is nothing to tidy up."""
     status = 1
+    *image_fds, answer_fd = descriptors
     try:
         control.close()
         end_with_parent(parent)
-        limit(LIMITS, with_threads=has_namespaces)
+        job = msgspec.msgpack.decode(request, type=Job)
+        limit(job.limits, with_threads=has_namespaces)
         filter_calls(program)
-        answer = render(image_fd, msgspec.msgpack.decode(request, type=Job))
+        answer = render(image_fds, job)
         rest = memoryview(msgspec.msgpack.encode(answer))
         while rest:
             rest = rest[os.write(answer_fd, rest) :]

@@ -1,5 +1,6 @@
 """Makes a file's previews, whatever it is: the one door to the decoders."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from server.previews import audio, decoders, video
@@ -7,9 +8,10 @@ from server.previews.ffmpeg import DEMUXERS
 from server.previews.images import LOADERS
 from server.previews.models import Made, MadeFile, Unmakeable, Wishes
 from server.previews.scenes import SCENES
+from server.previews.sheets import Sheet
 from server.previews.variants import Variant
 
-__all__ = ["Made", "MadeFile", "Unmakeable", "Variant", "Wishes", "make", "make_variant"]
+__all__ = ["Made", "MadeFile", "Unmakeable", "Variant", "Wishes", "make", "make_sheet", "make_variant"]
 
 
 async def make(source: Path, mime_type: str, output: Path, wishes: Wishes) -> Made:
@@ -35,6 +37,16 @@ async def make_variant(source: Path, mime_type: str, output: Path, variant: Vari
     if mime_type in LOADERS or mime_type in SCENES:
         return await decoders.shared().make_variant(source, mime_type, output, variant)
     raise Unmakeable("unsupported")
+
+
+async def make_sheet(pictures: Sequence[tuple[Path, str]], output: Path, sheet: Sheet) -> MadeFile:
+    """Makes the file `sheet.name` in the directory `output` of images with their types, in their order. Raises as `make`, with the number
+    of the picture that is to blame.
+    """
+    for number, (_, mime_type) in enumerate(pictures):
+        if mime_type not in LOADERS:
+            raise Unmakeable("unsupported", number)
+    return await decoders.shared().make_sheet(pictures, output, sheet)
 
 
 def _clear(directory: Path) -> None:

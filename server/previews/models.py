@@ -43,8 +43,12 @@ class Made(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Unmakeable(Exception):
-    """There will never be a preview of these bytes. `reason` is a stable word: unsupported, damaged, too_large, too_slow."""
+    """There will never be a preview of these bytes. `reason` is a stable word: unsupported, damaged, too_large, too_slow.
 
-    def __init__(self, reason: str) -> None:
+    `number` is that of the picture, where several were to make one.
+    """
+
+    def __init__(self, reason: str, number: int = 0) -> None:
         super().__init__(reason)
         self.reason = reason
+        self.number = number

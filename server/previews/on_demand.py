@@ -45,7 +45,7 @@ class OnDemand:
     async def _variant(self, file: File, variant: Variant) -> None:
         volume = self._vault.volume(file.volume_id)
         await self._vault.check_writable(volume, 0)
-        path, mime_type = await self._source(file)
+        path, mime_type = await still_of(self._db, file)
         source = await self._vault.run(volume.stored_file, path)
         directory = previews_directory(file.file_path, file.id)
         with scratch_directory() as output:
@@ -65,16 +65,18 @@ class OnDemand:
             evicted_path = preview_path(each.file_path, each.file_id, each.file_name)
             await self._vault.run(self._vault.volume(each.volume_id).remove_preview, evicted_path)
 
-    async def _source(self, file: File) -> tuple[str, str]:
-        """An image is made smaller itself; of everything else, its largest still picture is."""
-        if file.file_type == "image":
-            return file.file_path, file.mime_type
-        pictures = [
-            each
-            for each in await ledger.get_previews(self._db, file.user_id, file.id)
-            if each.mime_type == "image/webp" and each.variant.isdecimal()
-        ]
-        if not pictures:
-            raise Unmakeable("unsupported")
-        largest = max(pictures, key=lambda each: int(each.variant))
-        return preview_path(file.file_path, file.id, largest.file_name), largest.mime_type
+
+async def still_of(db: Database, file: File) -> tuple[str, str]:
+    """The stored path and the type of a still picture of a file. An image is one itself; of everything else, its largest preview is.
+
+    Raises `Unmakeable` "unsupported" where there is none.
+    """
+    if file.file_type == "image":
+        return file.file_path, file.mime_type
+    pictures = [
+        each for each in await ledger.get_previews(db, file.user_id, file.id) if each.mime_type == "image/webp" and each.variant.isdecimal()
+    ]
+    if not pictures:
+        raise Unmakeable("unsupported")
+    largest = max(pictures, key=lambda each: int(each.variant))
+    return preview_path(file.file_path, file.id, largest.file_name), largest.mime_type

@@ -6,16 +6,19 @@ untrusted input would leave TIFF on, and whatever a later release calls safe.
 
 import os
 import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 import pyvips
 
+from server.previews import sheets
 from server.previews.images import FRAME, LOADERS, MOST_FRAMES, Answer, Job
 from server.previews.models import Made, MadeFile, Reason, Wishes
 from server.previews.scenes import SCENES, Refused, embedded
+from server.previews.sheets import TRANSPARENT, Sheet
 from server.previews.thumbhash import average_of, thumbhash
-from server.previews.variants import MIME_TYPES, Variant
+from server.previews.variants import MIME_TYPES, Fit, Variant
 
 _MOST_BYTES = 512 * 2**20  # some loaders map the whole file into their memory
 _LONGEST_SIDE = 16_383  # WebP's, and enough for the others
@@ -41,22 +44,75 @@ _OUT_OF_MEMORY = re.compile(
 )
 _UNSUPPORTED = re.compile(r"unsupported (feature|codec|jpeg|image type|file-?type)|has not been built in|no decoding plugin", re.IGNORECASE)
 
+Draw = Callable[["_Drawing"], Answer]
+
 pyvips.operation_block_set("VipsForeignLoad", True)
 pyvips.cache_set_max(0)
 
 
-def render(image_fd: int, job: Job) -> Answer:
+def render(image_fds: Sequence[int], job: Job) -> Answer:
     """Makes what the job asks for. Raises MemoryError when Python itself ran out of it."""
-    if job.mime_type in SCENES:
-        return _render_scene(image_fd, job)
+    if job.sheet is not None:
+        return _render_sheet(image_fds, job, job.sheet)
+    return _open(
+        image_fds[0],
+        job.mime_types[0],
+        lambda drawing: drawing.variant(job.variant) if job.variant else drawing.previews(job.wishes or Wishes()),
+    )
+
+
+def _open(image_fd: int, mime_type: str, draw: Draw) -> Answer:
+    """What is drawn of one image, or why nothing is."""
+    if mime_type in SCENES:
+        return _open_scene(image_fd, mime_type, draw)
     if os.fstat(image_fd).st_size > _MOST_BYTES:
         return Answer(reason="too_large")
-    if job.mime_type == FRAME:
-        return _render_frame(image_fd, job)
-    return _render(pyvips.Source.new_from_descriptor(image_fd), job.mime_type, job)
+    if mime_type == FRAME:
+        return _open_frame(image_fd, draw)
+    return _load(pyvips.Source.new_from_descriptor(image_fd), mime_type, draw)
 
 
-def _render_frame(frame_fd: int, job: Job) -> Answer:
+def _render_sheet(image_fds: Sequence[int], job: Job, sheet: Sheet) -> Answer:
+    """All of the images, in their order, or the first reason why not."""
+    is_transparent = sheet.background == TRANSPARENT
+    colour = [255, 255, 255] if is_transparent else list(bytes.fromhex(sheet.background[1:]))
+    width, height = sheet.size(len(image_fds))
+    bands = [0, 0, 0, 0] if is_transparent else colour
+    drawn = pyvips.Image.black(1, 1).bandjoin_const([0] * (len(bands) - 1)) + bands
+    drawn = drawn.cast("uchar").copy(interpretation="srgb").embed(0, 0, width, height, extend="copy").copy_memory()
+    for number, (image_fd, mime_type) in enumerate(zip(image_fds, job.mime_types, strict=True)):
+        cells: list[Any] = []
+
+        def draw(drawing: "_Drawing", cells: list[Any] = cells) -> Answer:
+            cells.append(drawing.fitted(sheet.cell_width, sheet.cell_height, sheet.fit))
+            return Answer()
+
+        answer = _open(image_fd, mime_type, draw)
+        if answer.reason is not None:
+            return msgspec.structs.replace(answer, number=number)
+        cell = cells[0]
+        if is_transparent:
+            cell = cell if cell.hasalpha() else cell.bandjoin(255)
+        elif cell.hasalpha():
+            cell = cell.flatten(background=colour)
+        left, top = sheet.cell(number)
+        left, top = left + (sheet.cell_width - cell.width) // 2, top + (sheet.cell_height - cell.height) // 2
+        # Into memory each time: a chain of as many operations as images would be worked through for every row of pixels.
+        drawn = drawn.insert(_rgb(cell), left, top).copy_memory()
+    try:
+        if sheet.format == "webp":
+            content = _webp(drawn, sheet.quality)
+        elif sheet.format == "png":
+            content = bytes(drawn.pngsave_buffer(compression=6, keep="none"))
+        else:
+            content = bytes(drawn.jpegsave_buffer(Q=sheet.quality, optimize_coding=True, keep="none"))
+    except pyvips.Error as error:
+        return _refusal(f"{error.message} {error.detail}")
+    file = MadeFile(variant=sheet.name, name=sheet.name, mime_type=sheets.MIME_TYPES[sheet.format], width=width, height=height)
+    return Answer(made=Made(files=[file], width=width, height=height), contents=[content])
+
+
+def _open_frame(frame_fd: int, draw: Draw) -> Answer:
     """A film's frame as ffmpeg wrote it, from a jail where it saw untrusted bytes itself."""
     with open(frame_fd, "rb", closefd=False) as file:
         content = memoryview(file.read())
@@ -67,37 +123,32 @@ def _render_frame(frame_fd: int, job: Job) -> Answer:
     pixels = content[start.end() :]
     if not pixels or len(pixels) != 3 * width * height:
         return Answer(reason="damaged", detail=f"{width} x {height}")
-    return _drawn(None, pyvips.Image.new_from_memory(pixels, width, height, 3, "uchar").copy(interpretation="srgb"), job)
+    return draw(_Drawing(None, pyvips.Image.new_from_memory(pixels, width, height, 3, "uchar").copy(interpretation="srgb")))
 
 
-def _render_scene(scene_fd: int, job: Job) -> Answer:
+def _open_scene(scene_fd: int, mime_type: str, draw: Draw) -> Answer:
     """The picture that it carries, which says nothing of its own size."""
     try:
-        picture = embedded(scene_fd, job.mime_type)
+        picture = embedded(scene_fd, mime_type)
     except Refused as problem:
         return Answer(reason=msgspec.convert(str(problem), Reason))
-    for mime_type, start in _PICTURES.items():
+    for picture_type, start in _PICTURES.items():
         if start.match(picture):
-            answer = _render(pyvips.Source.new_from_memory(picture), mime_type, job)
+            answer = _load(pyvips.Source.new_from_memory(picture), picture_type, draw)
             return msgspec.structs.replace(answer, made=msgspec.structs.replace(answer.made, width=None, height=None))
     return Answer(reason="unsupported")
 
 
-def _render(source: Any, mime_type: str, job: Job) -> Answer:
+def _load(source: Any, mime_type: str, draw: Draw) -> Answer:
     loader, most_pixels = LOADERS[mime_type]
     pyvips.operation_block_set(loader, False)
     try:
         header = pyvips.Image.new_from_source(source, "", access="sequential")
         if header.width * header.height > most_pixels or _field(header, "n-pages", 1) > MOST_FRAMES:
             return Answer(reason="too_large", detail=f"{header.width} x {header.height}")
-        return _drawn(source, header, job)
+        return draw(_Drawing(source, header))
     except pyvips.Error as error:
         return _refusal(f"{error.message} {error.detail}")
-
-
-def _drawn(source: Any, header: Any, job: Job) -> Answer:
-    drawing = _Drawing(source, header)
-    return drawing.variant(job.variant) if job.variant else drawing.previews(job.wishes or Wishes())
 
 
 def _refusal(detail: str) -> Answer:
@@ -150,12 +201,7 @@ class _Drawing:
 
     def variant(self, wanted: Variant) -> Answer:
         width, height = (min(side or _LONGEST_SIDE, _LONGEST_SIDE) for side in (wanted.width, wanted.height))
-        if wanted.fit == "cover" and wanted.width and wanted.height:
-            # Where the original is too small for the box, a smaller box of the same shape is covered.
-            scale = min(1.0, self._width / width, self._height / height)
-            image = self._still(max(1, round(scale * width)), max(1, round(scale * height)), crop="centre")
-        else:
-            image = self._still(width, height)
+        image = self.fitted(width, height, wanted.fit if wanted.width and wanted.height else "contain")
         if wanted.format == "webp":
             content = _webp(image, wanted.quality)
         elif wanted.format == "avif":
@@ -165,6 +211,15 @@ class _Drawing:
             content = flat.jpegsave_buffer(Q=wanted.quality, optimize_coding=True, keep="none")
         file = MadeFile(variant=wanted.name, name=wanted.name, mime_type=MIME_TYPES[wanted.format], width=image.width, height=image.height)
         return Answer(made=Made(files=[file], width=self._width, height=self._height), contents=[content])
+
+    def fitted(self, width: int, height: int, fit: Fit) -> Any:
+        """In memory, within the box or, to cover it, as large as it. Where the original is too small for that, a smaller box of the same
+        shape is covered.
+        """
+        if fit == "contain":
+            return self._still(width, height)
+        scale = min(1.0, self._width / width, self._height / height)
+        return self._still(max(1, round(scale * width)), max(1, round(scale * height)), crop="centre")
 
     def _still(self, width: int, height: int, **options: Any) -> Any:
         """In memory, as large as fits in the box. Of an image that breaks off, what there is, as browsers show it; but not nothing."""
@@ -225,6 +280,14 @@ def _webp(image: Any, quality: int, **options: Any) -> bytes:
 
 def _reduced(image: Any, width: int, height: int) -> Any:
     return _srgb(image.thumbnail_image(width, height=height, size="down"))
+
+
+def _rgb(image: Any) -> Any:
+    """A grey picture in three bands, its alpha kept."""
+    if image.bands >= 3:
+        return image
+    grey = image.extract_band(0)
+    return grey.bandjoin([grey, grey, *([image.extract_band(1)] if image.hasalpha() else [])]).copy(interpretation="srgb")
 
 
 def _srgb(image: Any) -> Any:

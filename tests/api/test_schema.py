@@ -43,6 +43,7 @@ ROUTES = {
     "HEAD /p/{public_id}",
     "PUT /u/{token}",
     "POST /api/generate",
+    "POST /api/compose",
     "POST /api/generate/character",
     "POST /api/generate/moodboard",
     "POST /api/generate/animation",

@@ -96,6 +96,7 @@ async def test_what_is_rolled_back_is_not_recorded(db: Database, users: None) ->
 # Leases and progress of uploads (when an upload link ends by itself, its record tells beforehand), when keys were used, what is derived
 # from files. Where bytes lie (that a user is moved, and has been, is recorded), and what a restore settles before anybody is let in.
 UNRECORDED = {
+    "wish_for_sheet",
     "resume_move",
     "relabel_uploads",
     "switch_files",

@@ -32,6 +32,17 @@ _ID = UUID("00000000-0000-7000-8000-000000000001")
         ("put_off_asset_imports", ([_ID], 5.0), "linked_assets_pkey", "id = ANY"),
         ("finish_asset_import", (_ID, 1, _ID, None), "linked_assets_pkey", "id = "),
         ("claim_asset_checks", (8, 30.0), "linked_assets_check", "check_at <= now()"),
+        ("find_sheet_file", ("ada", "sheet 00"), "user_files_idempotency_key", "idempotency_key)::text = "),
+        (
+            "wish_for_sheet",
+            (_ID, "ada", bytes(32), [_ID], "{}", "{}", "{}", "sheet 00"),
+            "user_files_idempotency_key",
+            "idempotency_key)::text = ",
+        ),
+        ("get_sheet", (_ID,), "sheets_pkey", "id = "),
+        ("refuse_sheet", (_ID, "{}"), "sheets_pkey", "id = "),
+        ("end_sheet", (_ID,), "sheets_pkey", "id = "),
+        ("purge_sheets", (5.0, 8), "sheets_old", "requested_at < "),
         ("claim_asset_imports", (8, 30.0), "linked_assets_import", "import_at <= now()"),
     ],
 )

@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from server.previews import confinement, images
@@ -249,8 +249,8 @@ LIES: dict[str, Answer] = {
 }
 
 
-def render(image_fd: int, job: Job) -> Answer:
-    name, _, argument = job.mime_type.partition(" ")
+def render(image_fds: Sequence[int], job: Job) -> Answer:
+    name, _, argument = job.mime_types[0].partition(" ")
     if name == "lie":
         return LIES[argument]
     if name == "flood":

@@ -30,6 +30,20 @@ def start_real_worker(server: RunningServer, tmp_path: Path) -> Iterator[RealWor
         yield lambda impatient=False, **settings: start(settings, impatient_worker.main) if impatient else start(settings)
 
 
+@pytest.fixture
+def start_real_worker_of(tmp_path: Path) -> Iterator[Callable[[RunningServer], BackgroundWorker]]:
+    """Starts `coffer worker` beside a server that has settings of its own."""
+    started: list[BackgroundWorker] = []
+
+    def start(server: RunningServer) -> BackgroundWorker:
+        started.append(BackgroundWorker(server, tmp_path / f"own-worker-{len(started)}.log", {}))
+        return started[-1]
+
+    yield start
+    for worker in started:
+        worker.kill()
+
+
 @contextmanager
 def _workers(server: RunningServer, directory: Path) -> Iterator[WorkerFactory]:
     started: list[BackgroundWorker] = []

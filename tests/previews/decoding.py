@@ -2,6 +2,7 @@
 
 import asyncio
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pyvips
 
 from server.previews.decoders import Decoders
 from server.previews.making import Made, MadeFile, Unmakeable, Variant, Wishes
+from server.previews.sheets import Sheet
 
 WISHES = Wishes()
 
@@ -60,3 +62,13 @@ class Studio:
         (inside / "output").mkdir()
         (inside / "source").write_bytes(content)
         return inside / "source", inside / "output"
+
+    def sheet(self, pictures: Sequence[tuple[bytes, str]], sheet: Sheet) -> Any:
+        """The sheet, decoded."""
+        sources = [(self._paths(content)[0], mime_type) for content, mime_type in pictures]
+        output = self._paths(b"")[1]
+        made = asyncio.run(self.decoders.make_sheet(sources, output, sheet))
+        assert [path.name for path in output.iterdir()] == [sheet.name] == [made.name]
+        image = pyvips.Image.new_from_file(str(output / made.name))
+        assert (image.width, image.height) == (made.width, made.height) == sheet.size(len(pictures))
+        return image

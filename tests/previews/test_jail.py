@@ -76,7 +76,7 @@ def port() -> Iterator[str]:
 
 
 def tried(decoder: Decoder, name: str, argument: object = "", *, wall_seconds: float = 20) -> Answer:
-    return decoder.ask(Path(__file__), Job(f"{name} {argument}"), wall_seconds)
+    return decoder.ask([Path(__file__)], Job((f"{name} {argument}",)), wall_seconds)
 
 
 def outcomes(command: list[str], names: list[str], canary: Path, port: str) -> tuple[dict[str, str], list[str]]:
