@@ -19,6 +19,7 @@ from server.api.services import Services
 from server.api.streams import Streams
 from server.auth import Authenticator, TokenUsers, UserTokens
 from server.delivery import AwaitedPreviews, Delivery, Links
+from server.delivery.provenance import Provenance
 from server.generation import Generation
 from server.generation.service import WEBHOOK_PATH
 from server.generation.sheets import Sheets
@@ -71,6 +72,7 @@ def assemble(settings: Settings) -> Front:
             audit_reads=settings.audit_reads,
             edge_state=Path(settings.edge_state_file) if settings.edge_state_file else None,
         ),
+        provenance=Provenance(db, vault, notices, settings.preview_wait_seconds, streams.stopping),
         links=links,
         generation=Generation(settings, db, intake, links),
         sheets=Sheets(db, notices, settings.preview_wait_seconds, streams.stopping),

@@ -76,6 +76,16 @@ class FileAnswer(msgspec.Struct, kw_only=True):
     previews: dict[str, PreviewAnswer] | UnsetType = UNSET
 
 
+class ProvenanceAnswer(msgspec.Struct):
+    """`digital_source_type` is a term of the IPTC's vocabulary, as a URL, where XMP names one. `content_credentials` are a C2PA manifest
+    store: its `manifests`, which of them is the `active_manifest`, and the `validation_state` of its hashes and signatures; or an `error`.
+    No certificate is trusted here: who signed is for the reader to judge.
+    """
+
+    digital_source_type: str | None
+    content_credentials: dict[str, Any] | None
+
+
 class FileList(msgspec.Struct):
     """`next_cursor` asks for the page after this one; null when there is none."""
 
@@ -233,6 +243,14 @@ async def show_file(
     return answer
 
 
+@get("/{file_id:uuid}/provenance", guards=[needs(Scope.FILES_READ)], before_request=known_query_only)
+async def show_provenance(request: Http, file_id: UUID) -> ProvenanceAnswer:
+    """What the file's own bytes say of how they were made, as they came."""
+    services = services_of(request)
+    said = await services.provenance.of(await ledger.get_file(services.db, principal_of(request).owner, file_id))
+    return ProvenanceAnswer(said.digital_source_type, said.content_credentials)
+
+
 async def _with_previews(services: Services, owner: str, file: File) -> File:
     """The file when its previews are no longer pending, or as it is when we have waited long enough."""
     clock = asyncio.get_running_loop().time
@@ -359,6 +377,6 @@ def moment(text: str | None, field: str) -> datetime | None:
 
 router = Router(
     path="/api/files",
-    route_handlers=[list_files, show_file, change_file, delete_file, delete_files, favor_file, tag_file, copy_file],
+    route_handlers=[list_files, show_file, show_provenance, change_file, delete_file, delete_files, favor_file, tag_file, copy_file],
     tags=["Files"],
 )

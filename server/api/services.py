@@ -6,6 +6,7 @@ from server.api.limits import Limits
 from server.api.streams import Streams
 from server.auth import Authenticator
 from server.delivery import Delivery, Links, RecentLinks
+from server.delivery.provenance import Provenance
 from server.generation import Generation
 from server.generation.sheets import Sheets
 from server.intake import Intake, Scanner
@@ -24,6 +25,7 @@ class Services:
     vault: Vault
     intake: Intake
     delivery: Delivery
+    provenance: Provenance
     links: Links
     generation: Generation
     sheets: Sheets

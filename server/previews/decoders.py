@@ -30,6 +30,7 @@ from server.previews.variants import Variant
 from server.settings import read_with_sources
 
 COMMAND = (sys.executable, "-m", images.__name__)
+READER_COMMAND = (sys.executable, "-m", "server.previews.provenance")
 WALL_SECONDS = 60.0
 _START_SECONDS = 60.0
 _LONGEST_ANSWER_BYTES = 32 * 2**20
@@ -39,6 +40,7 @@ _MAGIC = {
     "image/avif": (4, b"ftypavif"),
     "image/jpeg": (0, b"\xff\xd8\xff"),
     "image/png": (0, b"\x89PNG"),
+    "application/json": (0, b"{"),
 }
 
 log = logging.getLogger("coffer.previews")
@@ -53,6 +55,14 @@ def shared() -> "Decoders":
     """This process's own, `COFFER_PREVIEWS_AT_ONCE` many; closed when it ends."""
     at_once: int = read_with_sources(os.environ)["previews_at_once"][0]
     decoders = Decoders(at_once)
+    atexit.register(decoders.close)
+    return decoders
+
+
+@functools.cache
+def reader() -> "Decoders":
+    """One for what files say of their making; started when it is first needed."""
+    decoders = Decoders(1, READER_COMMAND)
     atexit.register(decoders.close)
     return decoders
 
@@ -82,6 +92,10 @@ class Decoders:
         job = Job(tuple(mime_type for _, mime_type in pictures), sheet=sheet)
         wall_seconds = WALL_SECONDS * min(len(pictures), images.MOST_AT_LENGTH)
         return (await self._run([source for source, _ in pictures], job, output, wall_seconds)).files[0]
+
+    async def read_statements(self, source: Path, mime_type: str, output: Path) -> MadeFile:
+        """Like `making.read_statements`, by those of `reader`."""
+        return (await self._run([source], Job((mime_type,), statements=True), output, WALL_SECONDS)).files[0]
 
     def close(self) -> None:
         """Ends all decoders, after the images they have in hand."""

@@ -17,6 +17,7 @@ import msgspec
 from server.previews.confinement import Limits, confine, end_with_parent, filter_calls, filter_program, limit, yield_processor
 from server.previews.models import Made, Reason, Wishes
 from server.previews.sheets import MOST_PICTURES, Sheet
+from server.previews.statements import NAME as STATEMENTS_NAME
 from server.previews.variants import Variant
 
 MIB = 2**20
@@ -61,6 +62,7 @@ class Job(msgspec.Struct, frozen=True):
     wishes: Wishes | None = None
     variant: Variant | None = None
     sheet: Sheet | None = None
+    statements: bool = False
 
     @property
     def limits(self) -> Limits:
@@ -70,6 +72,8 @@ class Job(msgspec.Struct, frozen=True):
     @property
     def names(self) -> set[str]:
         """What the files may be called that it is answered with."""
+        if self.statements:
+            return {STATEMENTS_NAME}
         if (one := self.variant or self.sheet) is not None:
             return {one.name}
         return {"animated.webp", *(f"{width}.webp" for width in (self.wishes or Wishes()).image_widths)}
@@ -90,12 +94,17 @@ Render = Callable[[Sequence[int], Job], Answer]
 
 
 def main() -> None:
-    """Serves jobs from the socket that `argv[1]` names until it is closed. Says first what the sandbox could not have.
+    """Serves jobs for previews, variants and sheets."""
+    from server.previews.rendering import render  # noqa: PLC0415 - libvips: the worker imports this module, and must never have it
+
+    serve(render)
+
+
+def serve(render: Render) -> None:
+    """Serves jobs by `render` from the socket that `argv[1]` names until it is closed. Says first what the sandbox could not have.
 
     A stop of the service is for the worker to hear: an image in hand is finished.
     """
-    from server.previews.rendering import render  # noqa: PLC0415 - libvips: the worker imports this module, and must never have it
-
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     control = socket.socket(fileno=int(sys.argv[1]))

@@ -11,7 +11,7 @@ from server.previews.scenes import SCENES
 from server.previews.sheets import Sheet
 from server.previews.variants import Variant
 
-__all__ = ["Made", "MadeFile", "Unmakeable", "Variant", "Wishes", "make", "make_sheet", "make_variant"]
+__all__ = ["Made", "MadeFile", "Unmakeable", "Variant", "Wishes", "make", "make_sheet", "make_variant", "read_statements"]
 
 
 async def make(source: Path, mime_type: str, output: Path, wishes: Wishes) -> Made:
@@ -47,6 +47,11 @@ async def make_sheet(pictures: Sequence[tuple[Path, str]], output: Path, sheet: 
         if mime_type not in LOADERS:
             raise Unmakeable("unsupported", number)
     return await decoders.shared().make_sheet(pictures, output, sheet)
+
+
+async def read_statements(source: Path, mime_type: str, output: Path) -> MadeFile:
+    """Writes what a file, whatever it is, says of its making into the directory `output`: `Statements` as JSON. Raises as `make`."""
+    return await decoders.reader().read_statements(source, mime_type, output)
 
 
 def _clear(directory: Path) -> None:

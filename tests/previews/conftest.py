@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from server.previews import decoders
+from server.previews.decoders import READER_COMMAND, Decoders
 from tests.previews import impatient_worker, stub_worker
 from tests.serving import RunningServer
 from tests.working import BackgroundWorker
@@ -57,6 +58,14 @@ def _workers(server: RunningServer, directory: Path) -> Iterator[WorkerFactory]:
     finally:
         for worker in started:
             worker.kill()
+
+
+@pytest.fixture(scope="module")
+def reader() -> Iterator[Decoders]:
+    """Reads what files say of their making, in the jail."""
+    reading = Decoders(1, READER_COMMAND)
+    yield reading
+    reading.close()
 
 
 @pytest.fixture(autouse=True, scope="module")
