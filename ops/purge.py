@@ -30,6 +30,7 @@ _PAGE = 10_000
 _AT_ONCE = 1_000
 """Files that one transaction deletes: it holds their user's row, so the user's uploads wait for it to commit."""
 _EVENTS_AT_ONCE = 5_000
+_JOBS_AT_ONCE = 1_000
 
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}T\d{6}Z")
 _AGAIN = "coffer purge --for-real"
@@ -171,19 +172,21 @@ class _Purge:
     # Everything else
 
     async def drop_overdue(self) -> None:
-        """Reservations, resumable uploads, records and events."""
+        """Reservations, resumable uploads, records, events and jobs."""
         desk, settings = self.desk, self.desk.settings
         found = await ledger.count_overdue(
             desk.db,
             uploads_seconds=EXPIRED_UPLOADS_KNOWN_SECONDS,
             records_days=settings.audit_log_days or None,
             events_days=settings.events_days or None,
+            jobs_days=settings.jobs_days or None,
         )
         counts = {
             "reservation": (found.reservations, f"reservations ({human_bytes(found.reserved_bytes)}) have expired"),
             "resumable_upload": (found.resumable_uploads, "resumable uploads expired over 7 days ago"),
             "record": (found.records, f"records of the audit trail are older than {settings.audit_log_days} days"),
             "event": (found.events, f"events are older than {settings.events_days} days"),
+            "job": (found.jobs, f"generation jobs ended over {settings.jobs_days} days ago"),
         }
         if self.for_real:
             await desk.lock.check()
@@ -192,6 +195,8 @@ class _Purge:
             await self._housekeeping.forget_uploads()
             await self._housekeeping.forget_records()
             while settings.events_days and await ledger.purge_events(desk.db, settings.events_days, _EVENTS_AT_ONCE) == _EVENTS_AT_ONCE:
+                pass
+            while settings.jobs_days and await ledger.purge_jobs(desk.db, settings.jobs_days, _JOBS_AT_ONCE) == _JOBS_AT_ONCE:
                 pass
         for kind, (count, what) in counts.items():
             if count:

@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
-from prometheus_client.metrics_core import GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.registry import Collector
 
 from server.kinds import PREVIEWED
 
 MEDIA_TYPE = "text/plain; version=0.0.4"
+JOB_ENDS = ("completed", "partly_completed", "failed", "cancelled", "expired")
 VOLUME_STATES = ("open", "full", "read_only", "unavailable")
 
 _DIRECTORY_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
@@ -61,6 +62,21 @@ class BackupState:
     last_proof_at: float | None
     are_proven: bool
     uploads_are_stopped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class WorkFacts:
+    """Generation and events out, some seconds ago at most. `ended_…` are of the last hour; `counts` are by work and result, since ever."""
+
+    open_jobs: Mapping[str, int]
+    ended_jobs: Mapping[str, int]
+    ended_outputs: Mapping[str, int]
+    oldest_queued_seconds: float
+    fetching_outputs: int
+    pending_deliveries: int
+    dead_letters: int
+    oldest_delivery_seconds: float
+    counts: Mapping[tuple[str, str], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +162,7 @@ class Metrics:
         previews: PreviewFacts | None = None,
         store: StoreFacts | None = None,
         backups: BackupState | None = None,
+        work: WorkFacts | None = None,
     ) -> bytes:
         """The text of a scrape; without what nobody can tell while the database is away.
 
@@ -163,6 +180,8 @@ class Metrics:
         own.register(_Store(store))
         if backups is not None:
             own.register(_Backups(backups))
+        if work is not None:
+            own.register(_Work(work))
         return generate_latest(registry) + generate_latest(own)
 
 
@@ -222,6 +241,39 @@ class _Backups(Collector):
         yield GaugeMetricFamily(
             "coffer_uploads_are_stopped", "Whether the store was restored and waits to be cleared.", float(now.uploads_are_stopped)
         )
+
+
+class _Work(Collector):
+    def __init__(self, work: WorkFacts) -> None:
+        self._work = work
+
+    def collect(self) -> Iterable[Metric]:
+        work = self._work
+        for name, meaning, states, numbers in (
+            ("generation_jobs", "Generation jobs that have not ended.", ("queued", "running"), work.open_jobs),
+            ("generation_jobs_ended", "Generation jobs that ended within the last hour.", JOB_ENDS, work.ended_jobs),
+            ("generation_outputs_ended", "Outputs of those, but for what was cancelled.", ("stored", "failed"), work.ended_outputs),
+        ):
+            by_state = GaugeMetricFamily(f"coffer_{name}", meaning, labels=("state",))
+            for state in states:
+                by_state.add_metric((state,), numbers.get(state, 0))
+            yield by_state
+        for name, meaning, value in (
+            ("generation_oldest_queued_seconds", "For how long the oldest job has waited for its pipeline.", work.oldest_queued_seconds),
+            ("generation_outputs_fetching", "Outputs that wait to be fetched, or are being fetched.", work.fetching_outputs),
+            ("webhook_pending", "Events that endpoints have not been told yet.", work.pending_deliveries),
+            ("webhook_dead_letters", "Events that were given up.", work.dead_letters),
+            ("webhook_oldest_pending_seconds", "For how long the oldest event has not been told.", work.oldest_delivery_seconds),
+        ):
+            yield GaugeMetricFamily(f"coffer_{name}", meaning, value)
+        told = CounterMetricFamily("coffer_webhook_deliveries", "Events that were sent, by what became of that.", labels=("result",))
+        fetched = CounterMetricFamily("coffer_fetches", "Fetches from elsewhere, by what became of them.", labels=("purpose", "result"))
+        for (purpose, result), count in sorted(work.counts.items()):
+            if purpose == "delivery":
+                told.add_metric((result,), count)
+            else:
+                fetched.add_metric((purpose, result), count)
+        yield from (told, fetched)
 
 
 class _Store(Collector):

@@ -125,6 +125,9 @@ class Settings:
         30, "After how long `coffer purge` removes what the audit has set aside; 0 never.", read=values.whole, at_least=0, at_most=3_650
     )
     events_days: int = setting(90, "After how long `coffer purge` removes events; 0 never.", read=values.whole, at_least=0, at_most=3_650)
+    jobs_days: int = setting(
+        90, "After how long `coffer purge` removes generation jobs that have ended; 0 never.", read=values.whole, at_least=0, at_most=3_650
+    )
     metrics_directory: str = setting(
         "", "Directory of Prometheus' textfile collector, for the metrics of the tools, such as `coffer audit`. Empty: they leave none."
     )

@@ -107,6 +107,8 @@ async def work(settings: Settings, make: Make, make_variant: MakeVariant, *, hea
     async def tell() -> None:
         if figures := worker.figures.take():
             await ledger.add_preview_figures(db, figures)
+        if counted := counts.take():
+            await ledger.add_work_counts(db, counted)
 
     async def handle(file_id: UUID, variant: str | None, put_off: int, place: tuple[int, int]) -> None:
         if variant == SHEET_JOB:

@@ -2050,6 +2050,12 @@ CREATE TABLE public.webhook_endpoints (
     CONSTRAINT webhook_endpoints_types_not_empty CHECK ((cardinality(types) > 0))
 );
 
+CREATE TABLE public.work_counts (
+    work text NOT NULL,
+    result text NOT NULL,
+    count bigint NOT NULL
+);
+
 ALTER TABLE ONLY public.pgqueuer ALTER COLUMN id SET DEFAULT nextval('public.pgqueuer_id_seq'::regclass);
 
 ALTER TABLE ONLY public.pgqueuer_schedules ALTER COLUMN id SET DEFAULT nextval('public.pgqueuer_schedules_id_seq'::regclass);
@@ -2170,6 +2176,9 @@ ALTER TABLE ONLY public.webhook_deliveries
 ALTER TABLE ONLY public.webhook_endpoints
     ADD CONSTRAINT webhook_endpoints_pkey PRIMARY KEY (id);
 
+ALTER TABLE ONLY public.work_counts
+    ADD CONSTRAINT work_counts_pkey PRIMARY KEY (work, result);
+
 CREATE INDEX audit_log_by_actor ON public.audit_log USING btree (actor_id, at, id) WHERE (actor_id IS NOT NULL);
 
 CREATE INDEX audit_log_by_file ON public.audit_log USING btree (file_id, at, id) WHERE (file_id IS NOT NULL);
@@ -2208,9 +2217,15 @@ CREATE INDEX generation_jobs_by_user ON public.generation_jobs USING btree (user
 
 CREATE INDEX generation_jobs_callback ON public.generation_jobs USING btree (id) WHERE (callback_state = 'due'::text);
 
+CREATE INDEX generation_jobs_callback_failed ON public.generation_jobs USING btree (id) WHERE ((callback_state = 'failed'::text) AND (callback_secret IS NOT NULL));
+
+CREATE INDEX generation_jobs_ended ON public.generation_jobs USING btree (finished_at, id) WHERE (finished_at IS NOT NULL);
+
 CREATE UNIQUE INDEX generation_jobs_idempotency_key ON public.generation_jobs USING btree (user_id, idempotency_key) WHERE (idempotency_key IS NOT NULL);
 
 CREATE INDEX generation_jobs_open ON public.generation_jobs USING btree (id) WHERE ((finished_at IS NULL) AND (pipeline IS NOT NULL));
+
+CREATE INDEX generation_jobs_unfinished ON public.generation_jobs USING btree (created_at) WHERE (finished_at IS NULL);
 
 CREATE INDEX generation_messages_received ON public.generation_messages USING btree (received_at);
 
@@ -2341,6 +2356,8 @@ CREATE INDEX user_storage_warned ON public.user_storage USING btree (warned_perc
 CREATE UNIQUE INDEX volumes_reserved_for ON public.volumes USING btree (reserved_for) WHERE (reserved_for IS NOT NULL);
 
 CREATE INDEX webhook_deliveries_dead ON public.webhook_deliveries USING btree (endpoint_id, id) WHERE (state = 'dead'::text);
+
+CREATE INDEX webhook_deliveries_dead_callbacks ON public.webhook_deliveries USING btree (id) WHERE ((state = 'dead'::text) AND (order_key = (endpoint_id)::text));
 
 CREATE INDEX webhook_deliveries_due ON public.webhook_deliveries USING btree (endpoint_id, due_at, id) WHERE (state = 'pending'::text);
 

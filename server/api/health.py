@@ -10,7 +10,7 @@ from litestar import Request, Response, get
 from server import ledger
 from server.api.door import services_of
 from server.errors import CofferError
-from server.metrics import MEDIA_TYPE, BackupState, PreviewFacts, StoreFacts, VolumeFacts
+from server.metrics import MEDIA_TYPE, BackupState, PreviewFacts, StoreFacts, VolumeFacts, WorkFacts
 from server.vault import Volume
 
 Http = Request[Any, Any, Any]
@@ -74,14 +74,14 @@ async def ready(request: Http) -> Response[Readiness]:
 async def metrics(request: Http) -> Response[bytes]:
     """Everything that is counted, as Prometheus reads it."""
     services = services_of(request)
-    previews = store = backups = None
+    previews = store = backups = work = None
     with suppress(CofferError):  # a database that is down must not hide the rest
         backups = _backups(await ledger.backup_facts(services.db), services.settings.drill_max_age_days)
         previews = PreviewFacts(*await ledger.count_previews(services.db), _made(await ledger.preview_figures(services.db)))
         figures = await services.figures.get()
-        store = _store_facts(figures)
+        store, work = _store_facts(figures), _work_facts(figures.work)
     facts = [_facts(volume) for volume in services.vault.volumes]
-    text = await services.vault.run(lambda: services.metrics.expose(facts, previews, store, backups))
+    text = await services.vault.run(lambda: services.metrics.expose(facts, previews, store, backups, work))
     return Response(text, media_type=MEDIA_TYPE)
 
 
@@ -133,6 +133,10 @@ def _store_facts(figures: ledger.StoreFigures) -> StoreFacts:
         tombstone_age_seconds=figures.tombstone_age_seconds,
         worker_connections=figures.worker_connections,
     )
+
+
+def _work_facts(figures: ledger.WorkFigures) -> WorkFacts:
+    return WorkFacts(**{name: getattr(figures, name) for name in figures.__struct_fields__})
 
 
 def _facts(volume: Volume) -> VolumeFacts:

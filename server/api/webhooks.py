@@ -167,6 +167,25 @@ async def redeliver(request: Http, webhook_id: UUID, data: RedeliveryWish) -> Re
     return RedeliveryAnswer(await ledger.redeliver(services.db, webhook_id, data.ids, MOST_REDELIVERED_AT_ONCE))
 
 
+@get("/callbacks/dead-letters", before_request=known_query_only)
+async def list_dead_callbacks(
+    request: Http,
+    limit: Annotated[int | None, Parameter(ge=1, description=f"Dead letters on the page; {DEFAULT_PAGE} when left out.")] = None,
+    cursor: Annotated[str | None, Parameter(description="`next_cursor` of the page before.")] = None,
+) -> DeadLetterList:
+    """Ends of generation jobs, of all users, that the callbacks which they name were never told. They are kept for 30 days."""
+    services = services_of(request)
+    wanted = page_size(services, limit)
+    return _page(await ledger.list_dead_callbacks(services.db, _position(cursor), wanted), wanted)
+
+
+@post("/callbacks/redeliver", status_code=200)
+async def redeliver_callbacks(request: Http, data: RedeliveryWish) -> RedeliveryAnswer:
+    """Tells callbacks that were given up again, for another three days if need be; up to 1,000 at once."""
+    services = services_of(request)
+    return RedeliveryAnswer(await ledger.redeliver_callbacks(services.db, data.ids, MOST_REDELIVERED_AT_ONCE))
+
+
 def _page(found: list[DeadDelivery], wanted: int) -> DeadLetterList:
     return DeadLetterList([_dead(each) for each in found], str(found[-1].id) if len(found) == wanted else None)
 
@@ -205,6 +224,8 @@ router = Router(
         rotate_secret,
         list_dead_letters,
         redeliver,
+        list_dead_callbacks,
+        redeliver_callbacks,
     ],
     guards=[needs(Scope.ADMIN)],
     tags=["Webhooks"],

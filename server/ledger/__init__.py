@@ -17,7 +17,7 @@ from server.ledger.assets import (
 from server.ledger.backups import BackupFacts, backup_facts
 from server.ledger.database import Database, connections_wanted
 from server.ledger.export import get_exported_file, page_of_user_files, record_export
-from server.ledger.figures import RememberedFigures, WorkCounts
+from server.ledger.figures import RememberedFigures, WorkCounts, add_work_counts
 from server.ledger.files import (
     delete_files,
     find_file_anywhere,
@@ -72,6 +72,7 @@ from server.ledger.models import (
     User,
     VolumeRow,
     WebhookEndpoint,
+    WorkFigures,
 )
 from server.ledger.notices import Finished, Notices, time_to_look
 from server.ledger.previews import (
@@ -101,7 +102,7 @@ from server.ledger.previews import (
     wake_worker,
 )
 from server.ledger.publisher import Publisher
-from server.ledger.purge import count_overdue, held_users, purge_events
+from server.ledger.purge import count_overdue, held_users, purge_events, purge_jobs
 from server.ledger.resumable import (
     ClaimedUpload,
     ResumableState,
@@ -165,11 +166,13 @@ from server.ledger.webhooks import (
     due_webhooks,
     end_deliveries,
     get_webhook_endpoint,
+    list_dead_callbacks,
     list_dead_deliveries,
     list_webhook_endpoints,
     purge_deliveries,
     put_off_delivery,
     redeliver,
+    redeliver_callbacks,
     rotate_webhook_secret,
 )
 
@@ -219,12 +222,14 @@ __all__ = [
     "Waker",
     "WebhookEndpoint",
     "WorkCounts",
+    "WorkFigures",
     "add_asset",
     "add_preview_figures",
     "add_rule",
     "add_variant",
     "add_volume",
     "add_webhook_endpoint",
+    "add_work_counts",
     "ask_for_asset_check",
     "ask_for_asset_import",
     "backup_facts",
@@ -289,6 +294,7 @@ __all__ = [
     "link_epochs",
     "list_api_keys",
     "list_assets",
+    "list_dead_callbacks",
     "list_dead_deliveries",
     "list_files",
     "list_resumable_bytes",
@@ -315,6 +321,7 @@ __all__ = [
     "purge_deliveries",
     "purge_events",
     "purge_job_log",
+    "purge_jobs",
     "purge_resumable_uploads",
     "purge_trail",
     "put_off_asset_imports",
@@ -325,6 +332,7 @@ __all__ = [
     "record_infected",
     "record_reads",
     "redeliver",
+    "redeliver_callbacks",
     "release_expired",
     "release_reservation",
     "release_user",

@@ -3,9 +3,12 @@
 import asyncio
 import time
 from collections import Counter
+from collections.abc import Mapping
+
+import msgspec
 
 from server.ledger.database import Database
-from server.ledger.models import StoreFigures, Work
+from server.ledger.models import StoreFigures, Work, WorkFigures
 from server.ledger.statements import statement
 
 WORKER_APPLICATION = "coffer worker"
@@ -13,7 +16,13 @@ WORKER_APPLICATION = "coffer worker"
 KEPT_SECONDS = 10.0
 """However often it is asked for, the table of users is read once in this time: anybody who reaches the port may ask."""
 
+_COUNTED_AT_MOST = 100_000
+"""Of what waits for an endpoint that is dead: more takes too long to count."""
+
 _FIGURES = statement("store_figures")
+_WORK_FIGURES = statement("work_figures")
+_WORK_COUNTS = statement("work_counts")
+_ADD_WORK_COUNTS = statement("add_work_counts")
 
 
 class RememberedFigures:
@@ -31,7 +40,7 @@ class RememberedFigures:
             if self._found is None or time.monotonic() >= self._until:
                 self._found = None
                 store = (await self._db.read(_FIGURES, WORKER_APPLICATION))[0]
-                self._found = StoreFigures(**dict(store))
+                self._found = StoreFigures(**dict(store), work=await _work_figures(self._db))
                 self._until = time.monotonic() + KEPT_SECONDS
             return self._found
 
@@ -51,3 +60,16 @@ class WorkCounts:
         taken = dict(sorted(self._counted.items()))
         self._counted.clear()
         return taken
+
+
+async def add_work_counts(db: Database, counts: Mapping[tuple[Work, str], int]) -> None:
+    """Adds to what all workers have counted."""
+    await db.write(_ADD_WORK_COUNTS, [work for work, _ in counts], [result for _, result in counts], list(counts.values()))
+
+
+async def _work_figures(db: Database) -> WorkFigures:
+    row = dict((await db.read(_WORK_FIGURES, _COUNTED_AT_MOST))[0])
+    for name in ("open_jobs", "ended_jobs", "ended_outputs"):
+        row[name] = msgspec.json.decode(row[name], type=dict[str, int])
+    counts = {(each["work"], each["result"]): each["count"] for each in await db.read(_WORK_COUNTS)}
+    return WorkFigures(**row, counts=counts)

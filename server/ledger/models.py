@@ -293,6 +293,23 @@ Work = Literal["asset_check", "asset_import", "delivery", "output_fetch"]
 """What workers do with other machines."""
 
 
+class WorkFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """Generation and events out. `ended_…` are of the last hour; of what waits 100,000 are counted at most.
+
+    Seconds are 0 where nothing waits. `counts` are what the workers have counted since ever: by work and result.
+    """
+
+    open_jobs: dict[str, int]
+    ended_jobs: dict[str, int]
+    ended_outputs: dict[str, int]
+    oldest_queued_seconds: float
+    fetching_outputs: int
+    pending_deliveries: int
+    dead_letters: int
+    oldest_delivery_seconds: float
+    counts: dict[tuple[str, str], int]
+
+
 class StoreFigures(msgspec.Struct, frozen=True, kw_only=True):
     """All users, files and uploads together. `limit_bytes` is the sum of the quotas that are not unlimited; `warned_80` are the users whose
     last warning was of 80 % of their quota. Seconds are 0 where nothing is overdue, or nothing waits to be buried.
@@ -311,6 +328,7 @@ class StoreFigures(msgspec.Struct, frozen=True, kw_only=True):
     reservation_overdue_seconds: float
     tombstone_age_seconds: float
     worker_connections: int
+    work: WorkFigures
 
 
 class VolumeRow(msgspec.Struct, frozen=True, kw_only=True):

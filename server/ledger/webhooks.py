@@ -24,6 +24,8 @@ _END = statement("end_deliveries")
 _PUT_OFF = statement("put_off_delivery")
 _DEAD = statement("list_dead_deliveries")
 _REDELIVER = statement("redeliver")
+_DEAD_CALLBACKS = statement("list_dead_callbacks")
+_REDELIVER_CALLBACKS = statement("redeliver_callbacks")
 _PURGE = statement("purge_deliveries")
 _FORGET_SECRETS = statement("forget_callback_secrets")
 
@@ -95,6 +97,18 @@ async def redeliver(db: Database, endpoint_id: UUID, ids: Sequence[int] | None, 
     """Makes up to `limit` of what was given up due again, of these or of all, for as long as new ones. Tells how many."""
     wanted = None if ids is None else list(ids)
     count: int = (await db.write(_REDELIVER, endpoint_id, wanted, limit, actor_json(), patience=LONG_PATIENCE_SECONDS))[0]["count"]
+    return count
+
+
+async def list_dead_callbacks(db: Database, after: int, limit: int) -> list[DeadDelivery]:
+    """A page of the jobs' ends that those whom they name were never told, of all users, in the order of ids."""
+    return _letters_of(await db.read(_DEAD_CALLBACKS, after, limit))
+
+
+async def redeliver_callbacks(db: Database, ids: Sequence[int] | None, limit: int) -> int:
+    """As `redeliver`, of callbacks."""
+    wanted = None if ids is None else list(ids)
+    count: int = (await db.write(_REDELIVER_CALLBACKS, wanted, limit, actor_json(), patience=LONG_PATIENCE_SECONDS))[0]["count"]
     return count
 
 

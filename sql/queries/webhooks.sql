@@ -134,6 +134,32 @@ with chosen as materialized (
 )
 select count(*) from again;
 
+-- name: list_dead_callbacks
+-- A page of the callbacks of all users that were given up, after an id.
+select d.id, d.tries, d.last_failure, d.give_up_at, e.id as event_id, e.type, e.user_id, e.file_id, e.payload, e.created_at
+  from webhook_deliveries d join generation_jobs j on j.id = d.endpoint_id and j.callback_secret is not null join events e on e.id = d.event_id
+ where d.state = 'dead' and d.order_key = d.endpoint_id::text and d.id > $1 order by d.id limit $2;
+
+-- name: redeliver_callbacks
+-- Makes callbacks that were given up due again, these ($1) or all, at most $2 at a time. Tells how many.
+with chosen as materialized (
+    select d.id, d.endpoint_id from webhook_deliveries d join generation_jobs j on j.id = d.endpoint_id and j.callback_secret is not null
+     where d.state = 'dead' and d.order_key = d.endpoint_id::text and ($1::bigint[] is null or d.id = any ($1))
+     order by d.id limit $2 for update of d skip locked
+), again as (
+    update webhook_deliveries d
+       set state = 'pending', tries = 0, due_at = clock_timestamp(), give_up_at = clock_timestamp() + interval '3 days'
+      from chosen c where d.id = c.id
+    returning d.id
+), due as (
+    update generation_jobs j set callback_state = 'due' from chosen c where j.id = c.endpoint_id
+), recorded as (
+    insert into audit_log (action, user_id, file_id, detail, actor_kind, actor_id, acting_user_id, address, request_id)
+    select 'webhook.redelivered', null, null, jsonb_build_object('callbacks', t.count), a.*
+      from (select count(*) from again) t, actor_of_v1($3) a where t.count > 0
+)
+select count(*) from again;
+
 -- name: purge_deliveries
 -- Forgets what was given up $1 days ago, and what is left of deleted endpoints and of callbacks, up to $2 rows of each.
 with old as (

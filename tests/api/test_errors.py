@@ -147,6 +147,7 @@ def test_unknown_and_repeated_parameters_are_refused(api: RunningServer) -> None
         ("GET", "/api/generate/status/{job_id}"),
         ("GET", "/api/media"),
         ("GET", "/api/webhooks/{webhook_id}/dead-letters"),
+        ("GET", "/api/webhooks/callbacks/dead-letters"),
     }
     with api.client("ada") as client:
         webhook_id = client.post("/api/webhooks", json={"url": "https://app.example.com/"}).json()["id"]

@@ -119,6 +119,51 @@ def test_what_housekeeping_should_have_done_is_told(server: RunningServer) -> No
     assert 5_000 <= figures.reservation_overdue_seconds < 5_300 and figures.reserved_bytes == 140
 
 
+def test_generation_and_events_out_are_told(server: RunningServer) -> None:
+    with server.client("ada") as ada, server.client() as admin:
+        admin.post("/api/webhooks", json={"url": "https://app.example.com/"}).raise_for_status()
+        jobs = [ada.post("/api/generate", json={"outputs": [{"max_bytes": 9_000}] * 2}).json() for _ in range(5)]
+        for upload in (*jobs[0]["uploads"], jobs[1]["uploads"][0], jobs[2]["uploads"][0]):
+            assert ada.put(upload["url"], content=image(900)).status_code == 201
+        for job in jobs[2:4]:
+            ada.post(f"/api/generate/{job['job_id']}/cancel").raise_for_status()
+    sql = "update generation_jobs set created_at = now() - interval '500 seconds' where id = any ($1)"
+    execute(server.database_url, sql, [jobs[1]["job_id"], jobs[4]["job_id"]])
+    execute(server.database_url, "update generation_jobs set finished_at = now() - interval '61 minutes' where id = $1", jobs[3]["job_id"])
+    first = "(select id from webhook_deliveries order by id limit 1)"
+    execute(server.database_url, f"update webhook_deliveries set state = 'dead' where id = {first}")
+    second = "(select id from webhook_deliveries where state = 'pending' order by id limit 1)"
+    execute(server.database_url, f"update webhook_deliveries set give_up_at = give_up_at - interval '100 seconds' where id = {second}")
+    for result, count in (("told", 7), ("failed", 2)):
+        execute(server.database_url, "insert into work_counts values ('delivery', $1, $2)", result, count)
+    execute(server.database_url, "insert into work_counts values ('output_fetch', 'stored', 3)")
+    found = scraped(server)
+    told = {
+        name.removeprefix("coffer_"): found[name]
+        for name in found
+        if name.startswith(("coffer_generation", "coffer_webhook", "coffer_fetch"))
+    }
+    oldest = told.pop("generation_oldest_queued_seconds"), told.pop("webhook_oldest_pending_seconds")
+    assert 500 <= oldest[0] < 800 and 100 <= oldest[1] < 400
+    assert told == {
+        'generation_jobs{state="queued"}': 1,
+        'generation_jobs{state="running"}': 1,
+        'generation_jobs_ended{state="completed"}': 1,
+        'generation_jobs_ended{state="partly_completed"}': 0,
+        'generation_jobs_ended{state="failed"}': 0,
+        'generation_jobs_ended{state="cancelled"}': 1,
+        'generation_jobs_ended{state="expired"}': 0,
+        'generation_outputs_ended{state="stored"}': 3,
+        'generation_outputs_ended{state="failed"}': 0,
+        "generation_outputs_fetching": 0,
+        "webhook_pending": 6,  # of four files and three ends, without the dead one
+        "webhook_dead_letters": 1,
+        'webhook_deliveries_total{result="failed"}': 2,
+        'webhook_deliveries_total{result="told"}': 7,
+        'fetches_total{purpose="output_fetch",result="stored"}': 3,
+    }
+
+
 def figures_of(database_url: str) -> StoreFigures:
     async def look() -> StoreFigures:
         db = Database(Settings(database_url=database_url))

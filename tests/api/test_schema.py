@@ -73,6 +73,8 @@ ROUTES = {
     "POST /api/webhooks/{webhook_id}/rotate-secret",
     "GET /api/webhooks/{webhook_id}/dead-letters",
     "POST /api/webhooks/{webhook_id}/redeliver",
+    "GET /api/webhooks/callbacks/dead-letters",
+    "POST /api/webhooks/callbacks/redeliver",
     "GET /api/users",
     "GET /api/users/{user_id}",
     "PUT /api/users/{user_id}/quota",

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from typing import Any
+from uuid import uuid4
 
 import asyncpg
 import httpx
@@ -11,7 +12,7 @@ from standardwebhooks import Webhook
 from server import ledger
 from server.ledger import Database
 from server.ledger import generation as rows
-from tests.fetching.peer import Peer, always
+from tests.fetching.peer import Answering, Asked, Peer, Say, always
 from tests.generation.speaking import NEW_SECRET, OLD_SECRET, ask, code, status
 from tests.generation.test_rows import new_job, publish
 from tests.quota.rows import Connection, add_user, add_volume
@@ -63,6 +64,64 @@ async def test_cancelling_and_expiring_are_ends_too(db: Database, sql: Connectio
             ("job.cancelled", str(cancelled)),
             ("job.failed", str(expired)),
         }
+
+
+async def test_who_does_not_answer_is_given_up_and_told_again_when_somebody_says_so(db: Database, sql: Connection) -> None:
+    answering: Answering = always(500)
+
+    async def changing(asked: Asked, say: Say) -> None:
+        await answering(asked, say)
+
+    async with Peer(changing, OUTSIDE) as peer, Telling(db) as telling:
+        job_id, (file_id,) = await new_job(db, callback_url=peer.url, callback_secret=NEW_SECRET)
+        await publish(sql, file_id)
+        assert await callback(sql, job_id) == ("due", NEW_SECRET)
+        await sql.execute("update webhook_deliveries set give_up_at = clock_timestamp()")
+        await telling.until_told()
+        assert await callback(sql, job_id) == ("failed", NEW_SECRET)
+        await sql.execute("insert into webhook_endpoints (id, url, description, secret) values ($1, 'https://b/', '', 'x')", uuid4())
+        _, (of_another,) = await new_job(db)
+        await publish(sql, of_another)
+        await sql.execute("update webhook_deliveries set state = 'dead' where endpoint_id in (select id from webhook_endpoints)")
+        (letter,) = await ledger.list_dead_callbacks(db, 0, 10)
+        assert (letter.payload["job_id"], letter.last_failure) == (str(job_id), "status_500")
+        assert await ledger.list_dead_callbacks(db, letter.id, 10) == []
+        await ledger.purge_deliveries(db, 30, 10)
+        answering = always(200)
+        for ids, count in (([letter.id + 1], 0), ([letter.id], 1), (None, 0)):
+            assert await ledger.redeliver_callbacks(db, ids, 10) == count
+        await telling.until_told()
+        assert await callback(sql, job_id) == ("told", None)
+        assert Webhook(NEW_SECRET).verify(peer.asked[-1].body, peer.asked[-1].headers)["data"]["job_id"] == str(job_id)
+
+
+async def test_the_secret_goes_with_the_dead_letter(db: Database, sql: Connection) -> None:
+    jobs = []
+    for _ in range(2):
+        job_id, (file_id,) = await new_job(db, callback_url="https://app.example.com/", callback_secret=NEW_SECRET)
+        await publish(sql, file_id)
+        jobs.append(job_id)
+    await sql.execute("update webhook_deliveries set state = 'dead', give_up_at = now() - interval '29 days'")
+    await sql.execute("update generation_jobs set callback_state = 'failed'")
+    await sql.execute("delete from events where (payload ->> 'job_id')::uuid = $1", jobs[0])  # beyond their time
+    for days, left in ((30, 1), (28, 0)):
+        for _ in range(2):
+            await ledger.purge_deliveries(db, days, 10)
+        assert await deliveries(db, "dead") == left
+        assert [await callback(sql, each) for each in jobs] == [("failed", None), ("failed", NEW_SECRET if left else None)]
+    await sql.execute(
+        "insert into webhook_deliveries (endpoint_id, event_id, order_key, state) select $1, max(id), $2, 'dead' from events",
+        jobs[1],
+        str(jobs[1]),
+    )
+    assert await ledger.list_dead_callbacks(db, 0, 10) == [] and await ledger.redeliver_callbacks(db, None, 10) == 0  # nothing to sign with
+
+
+async def test_what_is_due_is_not_purged(db: Database, sql: Connection) -> None:
+    _, (file_id,) = await new_job(db, callback_url="https://app.example.com/", callback_secret=NEW_SECRET)
+    await publish(sql, file_id)
+    await ledger.purge_deliveries(db, 0, 10)
+    assert await deliveries(db) == 1
 
 
 async def test_nobody_hears_of_what_is_undone(db: Database, sql: Connection) -> None:

@@ -28,6 +28,10 @@ insert into user_files (id, user_id, file_name, file_type, mime_type, file_size,
 select id, 'user-' || n, 'a', 'image', 'image/png', 1, $1, $2, '/' || id || '.1.', now()
   from (select gen_random_uuid() as id, n from generate_series(1, 20) n, generate_series(1, 5)) made
 """
+_JOB = """
+insert into generation_jobs (id, user_id, media_types, output_count, expires_at, state, finished_at)
+values ($1, 'ada', '{image}', 1, now(), 'failed', now())
+"""
 _LARGE = ("user_files", "previews", "tombstones", "events", "generation_jobs")
 
 
@@ -51,6 +55,7 @@ async def fill(connection: asyncpg.Connection) -> None:
     await connection.execute(_TRASH, SHA256, VOLUME)
     await connection.execute("insert into tombstones (volume_id, file_path, file_id, generation) select id, 'x', $1, 1 from volumes", _ID)
     await connection.execute("insert into events (user_id, type, payload) values ('ada', 'file.created', '{}')")
+    await connection.execute(_JOB, _ID)
     await connection.execute("analyze")
     await connection.execute(
         "update pg_class set relpages = 1, reltuples = 1000000 where relname = any ($1) or oid in"
@@ -92,6 +97,9 @@ def _literal(value: object) -> str:
         ("page_of_old_trash", (30, None, None, 10_000), "user_files_trash_age", "ROW(deleted_at, id) >"),
         ("page_of_user_files", ("ada", None, None, _NOON, 200), "user_files_created", "ROW(upload_date, id) >"),
         ("purge_events", (90, 1_000), "events_pkey", ""),
+        ("purge_jobs", (90, 1_000), "generation_jobs_ended", "finished_at <"),
+        ("purge_jobs", (90, 1_000), "generation_jobs_pkey", "id = ANY"),
+        ("purge_jobs", (90, 1_000), "webhook_deliveries_dead", "endpoint_id = ANY"),
     ],
 )
 async def test_a_page_begins_where_the_last_one_ended(

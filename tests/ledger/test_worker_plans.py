@@ -24,6 +24,8 @@ _ID = UUID("00000000-0000-7000-8000-000000000001")
         ("put_off_delivery", (1, 1, 5.0, "timeout"), "webhook_deliveries_order", "order_key = f"),
         # An index of what is pending looks short while little is, and these name their rows.
         ("put_off_delivery", (1, 1, 5.0, "timeout"), "webhook_deliveries_pkey", "id = "),
+        ("list_dead_callbacks", (1, 8), "webhook_deliveries_dead_callbacks", "id > "),
+        ("forget_callback_secrets", (8,), "generation_jobs_pkey", "id = "),
         ("end_deliveries", (_ID, [1]), "webhook_deliveries_pkey", "id = ANY"),
         ("get_asset", ("ada", _ID), "linked_assets_by_user", "id = "),
         ("ask_for_asset_check", ("ada", _ID, 30.0), "linked_assets_by_user", "id = "),
@@ -56,3 +58,10 @@ async def test_what_is_due_is_an_index_range(db: Database, name: str, arguments:
 async def test_of_jobs_only_those_whose_callback_is_due_are_looked_at(db: Database) -> None:
     plan = "\n".join(row[0] for row in await db.read(f"explain {statement('due_webhooks')}"))
     assert "using generation_jobs_callback on generation_jobs" in plan, plan
+
+
+async def test_metrics_ask_indexes_of_what_is_open_or_has_just_ended(db: Database) -> None:
+    plan = "\n".join(row[0] for row in await db.read(f"explain {statement('work_figures')}", 100))
+    used = {"generation_jobs_ended", "generation_jobs_unfinished", "generation_outputs_fetching", "generation_outputs_pkey"}
+    assert used <= {index for index in used if f"using {index} on" in plan} and "Seq Scan" not in plan, plan
+    assert "finished_at > (now()" in plan, plan

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import httpx
 import pytest
 
 from ops import cli
@@ -235,6 +236,46 @@ def test_what_is_beyond_its_time(database_url: str, server: RunningServer, coffe
     assert execute(database_url, "select from audit_log where action = 'a.b'") == []
     execute(database_url, "update events set created_at = now() - interval '9999 days'")
     assert told(coffer("purge", "--json", COFFER_EVENTS_DAYS="0")) == []
+
+
+def test_jobs_that_ended_long_ago(database_url: str, server: RunningServer, coffer: Coffer, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ops import purge  # noqa: PLC0415 - only its bounds are changed
+
+    monkeypatch.setattr(purge, "_JOBS_AT_ONCE", 2)
+    secret = "whsec_" + "bmV3" * 8
+    callback = {"url": "https://app.example.com/", "secret": secret}
+    with server.client("ada") as ada, server.client("bob") as bob:
+
+        def end(client: httpx.Client, **wish: Any) -> str:
+            made = client.post("/api/generate", json={"outputs": [{"max_bytes": 10_000}], **wish}).json()
+            client.post(f"/api/generate/{made['job_id']}/cancel").raise_for_status()
+            return str(made["job_id"])
+
+        made = ada.post("/api/generate", json={"outputs": [{"max_bytes": 10_000}], "prompt": "a pier"}).json()
+        assert ada.put(made["uploads"][0]["url"], content=image(2_000)).status_code == 201
+        store(server, "bob")
+        gone = [made["job_id"], end(ada), end(ada), end(ada, callback=callback)]
+        due, of_bob, young = end(ada, callback=callback), end(bob), end(ada)
+        opened = ada.post("/api/generate", json={"outputs": [{"max_bytes": 10_000}]}).json()["job_id"]
+        execute(database_url, "update generation_jobs set callback_state = 'failed' where id = $1", gone[3])
+        execute(database_url, "update webhook_deliveries set state = 'dead' where endpoint_id = $1", gone[3])
+        old = "update generation_jobs set finished_at = now() - interval '91 days' where id = any ($1)"
+        execute(database_url, old, [*gone, due, of_bob])
+        execute(database_url, "update generation_jobs set finished_at = now() - interval '89 days' where id = $1", young)
+        execute(database_url, "update generation_jobs set created_at = now() - interval '91 days' where id = $1", opened)
+        coffer("user", "hold", "bob", "--reason", "x")
+        assert told(coffer("purge", "--json")) == [("job", "removable", 4)]
+        assert told(coffer("purge", "--for-real", "--json", COFFER_JOBS_DAYS="0")) == []
+        assert told(coffer("purge", "--for-real", "--json")) == [("job", "removed", 4)]
+        assert told(coffer("purge", "--json")) == []
+        left = {str(row["id"]) for row in execute(database_url, "select id from generation_jobs")}
+        assert left == {due, of_bob, young, opened}
+        assert {str(row["endpoint_id"]) for row in execute(database_url, "select endpoint_id from webhook_deliveries")} == {due}
+        assert execute(database_url, "select from generation_outputs where job_id = any ($1)", gone) == []
+        (remembered,) = ada.get("/api/media").json()["media"]
+        assert (remembered["job_id"], remembered["prompt_used"]) == (made["job_id"], "a pier")
+        assert ada.get(f"/api/generate/status/{made['job_id']}").status_code == 404
+        assert ada.get(f"/api/files/{remembered['file_id']}/download").content == image(2_000)
 
 
 def test_the_quarantine(server: RunningServer, coffer: Coffer, tmp_path: Path) -> None:
