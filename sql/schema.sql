@@ -2339,6 +2339,8 @@ CREATE INDEX user_files_trash ON public.user_files USING btree (user_id, deleted
 
 CREATE INDEX user_files_trash_age ON public.user_files USING btree (deleted_at, id) WHERE (deleted_at IS NOT NULL);
 
+CREATE INDEX user_files_trash_kind ON public.user_files USING btree ((((file_type || ':'::text) || (user_id)::text)), deleted_at, id) WHERE (deleted_at IS NOT NULL);
+
 CREATE INDEX user_files_type_created ON public.user_files USING btree ((((((file_type || ':'::text) || (mime_type)::text) || ':'::text) || (user_id)::text)), upload_date, id);
 
 CREATE INDEX user_files_type_name ON public.user_files USING btree ((((((file_type || ':'::text) || (mime_type)::text) || ':'::text) || (user_id)::text)), name_key, id);

@@ -94,6 +94,7 @@ def _literal(value: object) -> str:
         ("page_to_move", ("ada", _NOON, _ID, 1_000), "user_files_created", "ROW(upload_date, id) >"),
         ("page_of_ruled", (_ID, 10_000, True), "user_files_pkey", "id >"),
         ("list_trash", ("ada", None, None, 50), "user_files_trash", "ROW(deleted_at, id) <"),
+        ("list_trash_of_kinds", ("ada", None, None, 50, ["image"]), "user_files_trash_kind", "ROW(deleted_at, id) <"),
         ("page_of_old_trash", (30, None, None, 10_000), "user_files_trash_age", "ROW(deleted_at, id) >"),
         ("page_of_user_files", ("ada", None, None, _NOON, 200), "user_files_created", "ROW(upload_date, id) >"),
         ("purge_events", (90, 1_000), "events_pkey", ""),
