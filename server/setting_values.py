@@ -277,6 +277,18 @@ def one_of(*choices: str) -> Callable[[str], str]:
     return read
 
 
+def some_of(*choices: str) -> Callable[[str], tuple[str, ...]]:
+    """A reader that takes any of these words, and gives them in this order."""
+
+    def read(text: str) -> tuple[str, ...]:
+        found = words(text)
+        if not set(found) <= set(choices):
+            raise ValueError(f"say {' or '.join(choices)}, or several with commas")
+        return tuple(each for each in choices if each in found)
+
+    return read
+
+
 def rate(text: str) -> Rate | None:
     """`requests/seconds`, or None for no limit."""
     if text.strip().lower() in {"", "off", "none", "unlimited"}:

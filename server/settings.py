@@ -361,6 +361,18 @@ class Settings:
     generation_message_bytes: int = setting(
         8 * MIB, "Largest message of a pipeline, in bytes: what it holds of outputs comes in base64.", read=values.whole, at_least=1 * KIB
     )
+    mark_outputs: tuple[str, ...] = setting(
+        (),
+        "What the worker marks outputs of generation jobs with, as made by AI: `iptc` (metadata), `c2pa` (a signed manifest), or both. "
+        "Empty: it leaves them as they came.",
+        read=values.some_of("iptc", "c2pa"),
+    )
+    c2pa_certificates: str = setting(
+        "",
+        "Certificates for `c2pa`, in PEM: that of the key first, then those above it.",
+        secret=True,  # it is none, but comes as a file, too
+    )
+    c2pa_key: str = setting("", "Private key for `c2pa`, in PEM: of an elliptic curve, P-256.", secret=True)
     audit_log_days: int = setting(
         400,
         "How long the audit trail keeps a record, in days; 0 for ever. Not less than 30: the database itself keeps those.",
@@ -412,6 +424,9 @@ class Settings:
             source = found["database_url"][1]
             wrong = f"{variable('database_url')} (or DATABASE_URL) is not set" if source == "default" else f"{source} is empty"
             raise SettingError(f"{wrong}: Coffer keeps its rows in PostgreSQL, e.g. postgresql://coffer:secret@127.0.0.1/coffer")
+        for name in ("c2pa_certificates", "c2pa_key"):
+            if "c2pa" in settings.mark_outputs and not getattr(settings, name):
+                raise SettingError(f"{variable(name)} is not set: {variable('mark_outputs')} asks for c2pa, which signs with it")
         return settings
 
 

@@ -14,6 +14,8 @@ from server.errors import CofferError
 from server.fetching import Fetcher, Rules
 from server.generation import Generation
 from server.generation.adapters import adapter_of, new_client
+from server.generation.credentials import credentials_of
+from server.generation.marking import Marker
 from server.generation.sheet_maker import SheetMaker
 from server.generation.sheets import JOB as SHEET_JOB
 from server.generation.worker import ENTRYPOINT, GenerationWorker
@@ -77,8 +79,9 @@ async def work(settings: Settings, make: Make, make_variant: MakeVariant, *, hea
     adapters = {each.name: adapter for each in settings.pipelines if (adapter := adapter_of(each, client)) is not None}
     if adapters and not settings.link_keys:
         raise SettingError(f"{variable('link_keys')} is not set: what pipelines are sent is made with it, as in the servers")
+    marker = Marker(db, intake, credentials_of(settings))
     generation = Generation(settings, db, intake, Links(settings.link_keys))
-    generating = GenerationWorker(db, intake, generation, fetcher, adapters, counts)
+    generating = GenerationWorker(db, intake, generation, fetcher, adapters, marker, counts)
 
     sheets = SheetMaker(db, vault, intake, make_sheet)
 

@@ -792,13 +792,14 @@ CREATE FUNCTION public.output_ended_v1() RETURNS trigger
     SET search_path TO 'public', 'pg_temp'
     AS $$
 -- Invariant: an output is settled by the very transaction that ends its reservation: stored if its file is there, failed if not. A stored
---   one is remembered in generated_media.
+--   one is remembered in generated_media, and queued to be marked if it is to be.
 -- Fires: after each row of a DELETE from uploads that is a job's; the WHEN clause costs other uploads nothing.
 -- Locks: the job's row, after the upload's and before the user's. Whoever changes a job locks in this order.
 -- Cost: about 200 microseconds for an output; none for other uploads.
 -- Why not Python: links, tus, webhooks, fetches, expiry, cancellation and psql all end reservations.
 declare
     has_come constant boolean := exists (select from user_files f where f.id = old.id);
+    wanted constant text[] := array(select jsonb_array_elements_text(coalesce(old.link -> 'marks', '[]')));
 begin
     perform from generation_jobs where id = old.job_id for no key update;
     update generation_outputs
@@ -808,12 +809,17 @@ begin
      where file_id = old.id and state in ('awaited', 'fetching');
     if found then
         insert into generated_media (id, user_id, file_id, job_id, output_index, entity_type, entity_id, project_id, media_type, source_type,
-                                     model_used, prompt_used, generation_params, credits_used, original_url, reference_ids, parent_id, root_id)
+                                     model_used, prompt_used, generation_params, credits_used, original_url, reference_ids, parent_id, root_id,
+                                     wanted_marks, marking)
         select f.id, f.user_id, f.id, j.id, o.output_index, j.entity_type, j.entity_id, j.project_id, f.file_type, 'generated',
                j.model_used, j.prompt_used, j.generation_params, j.credits_used / j.output_count, o.url, j.reference_ids, j.parent_id,
-               coalesce((select p.root_id from generated_media p where p.id = j.parent_id), f.id)
+               coalesce((select p.root_id from generated_media p where p.id = j.parent_id), f.id),
+               wanted, case when wanted <> '{}' then 'pending' end
           from generation_outputs o join generation_jobs j on j.id = o.job_id join user_files f on f.id = o.file_id
          where o.file_id = old.id and o.state = 'stored';
+        insert into pgqueuer (priority, status, entrypoint, payload, dedupe_key)
+        select 0, 'queued', 'generation', convert_to('mark ' || old.id, 'UTF8'), 'mark:' || old.id where has_come and wanted <> '{}'
+        on conflict do nothing;
         perform settle_job_v1(old.job_id);
     end if;
     return null;
@@ -1131,7 +1137,7 @@ CREATE FUNCTION public.settle_job_v1(p_job_id uuid) RETURNS void
     LANGUAGE plpgsql
     SET search_path TO 'public', 'pg_temp'
     AS $$
--- Ends a job none of whose outputs is open any more, and counts its progress.
+-- Ends a job none of whose outputs is open any more, and counts its progress. One that is stored and waits to be marked is open.
 -- Locks: the job's row first, so that of two last outputs the second one's count sees the first.
 declare
     job generation_jobs;
@@ -1143,7 +1149,9 @@ begin
     if not found or job.finished_at is not null then
         return;
     end if;
-    select count(*) filter (where o.state in ('awaited', 'fetching')), count(*) filter (where o.state = 'stored'),
+    select count(*) filter (where o.state in ('awaited', 'fetching')
+                               or exists (select from generated_media m where m.file_id = o.file_id and m.marking = 'pending')),
+           count(*) filter (where o.state = 'stored'),
            count(*) filter (where o.reason = 'expired')
       into open_outputs, stored_outputs, expired_outputs
       from generation_outputs o where o.job_id = p_job_id;
@@ -1161,6 +1169,24 @@ begin
     if open_outputs = 0 then
         perform raise_job_event_v1(p_job_id);
     end if;
+end
+$$;
+
+CREATE FUNCTION public.settle_marking_v1(p_file_id uuid, p_reason text) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'public', 'pg_temp'
+    AS $$
+-- Ends the job of an output that waited to be marked, if it was the last one open. With a reason it is given up first: the bytes stay as they
+-- came.
+-- Locks: the job's row first, as all do.
+declare
+    job constant uuid := (select job_id from generation_outputs where file_id = p_file_id);
+begin
+    perform from generation_jobs where id = job for no key update;
+    update generated_media set marking = 'unmarked', marking_reason = p_reason
+     where file_id = p_file_id and marking = 'pending' and p_reason is not null;
+    perform settle_job_v1(job);
+    perform pg_notify('coffer_notice', 'job/' || job);
 end
 $$;
 
@@ -1636,7 +1662,12 @@ CREATE TABLE public.generated_media (
     is_primary boolean DEFAULT false NOT NULL,
     created_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
     prompt_words tsvector GENERATED ALWAYS AS (to_tsvector('simple'::regconfig, COALESCE(prompt_used, ''::text))) STORED NOT NULL,
+    wanted_marks text[] DEFAULT '{}'::text[] NOT NULL,
+    marks text[] DEFAULT '{}'::text[] NOT NULL,
+    marking text,
+    marking_reason character varying(64),
     CONSTRAINT generated_media_entity_is_whole CHECK (((entity_type IS NULL) = (entity_id IS NULL))),
+    CONSTRAINT generated_media_marking_known CHECK ((marking = ANY (ARRAY['pending'::text, 'marked'::text, 'unmarked'::text]))),
     CONSTRAINT generated_media_primary_has_entity CHECK (((NOT is_primary) OR (entity_id IS NOT NULL))),
     CONSTRAINT generated_media_source_type_known CHECK ((source_type = ANY (ARRAY['generated'::text, 'linked'::text, 'replaced'::text, 'uploaded'::text])))
 );
@@ -2210,6 +2241,8 @@ CREATE INDEX generated_media_by_user ON public.generated_media USING btree (user
 CREATE UNIQUE INDEX generated_media_file ON public.generated_media USING btree (file_id) WHERE (file_id IS NOT NULL);
 
 CREATE UNIQUE INDEX generated_media_primary ON public.generated_media USING btree (user_id, entity_type, entity_id) WHERE is_primary;
+
+CREATE INDEX generated_media_to_mark ON public.generated_media USING btree (file_id) WHERE (marking = 'pending'::text);
 
 CREATE INDEX generation_jobs_by_entity ON public.generation_jobs USING btree (user_id, entity_type, entity_id, created_at, id) WHERE (entity_id IS NOT NULL);
 

@@ -58,7 +58,8 @@ class GenerateWish(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """A job. `entity_type` and `entity_id` say what the outputs show (a character, a moodboard), in the app's own words.
 
     `references` are files of the user that the pipeline may read; `parent_id` is the media that this job makes anew; `pipeline` is one of
-    the settings' names, none leaves the job to whoever is given the answer.
+    the settings' names, none leaves the job to whoever is given the answer. `marks` are some of those that the settings name, or when it is
+    left out all.
     """
 
     outputs: Annotated[list[OutputSpec], Meta(min_length=1, max_length=MOST_OUTPUTS)]
@@ -72,6 +73,7 @@ class GenerateWish(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     references: Annotated[list[UUID], Meta(max_length=MOST_REFERENCES)] = []
     parent_id: UUID | None = None
     callback: CallbackWish | None = None
+    marks: list[Literal["iptc", "c2pa"]] | None = None
     ttl_seconds: Annotated[int, Meta(ge=1)] | None = None
 
 
@@ -231,6 +233,7 @@ def _wish(services: Services, principal: Principal, data: GenerateWish) -> JobWi
         reference_ids=list(dict.fromkeys(data.references)),
         parent_id=data.parent_id,
         callback=None if data.callback is None else Callback(data.callback.url, data.callback.secret),
+        marks=None if data.marks is None else list(dict.fromkeys(data.marks)),
         ttl_seconds=ttl_seconds,
     )
 

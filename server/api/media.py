@@ -20,7 +20,7 @@ from server.api.signing import LinkAnswer, Linker
 from server.auth import Principal, Scope
 from server.errors import Forbidden, InvalidRequest, NotFound
 from server.ledger import media as rows
-from server.ledger.models import Media, MediaQuery, SourceType
+from server.ledger.models import MarkingState, Media, MediaQuery, SourceType
 
 _MOST_VARIANTS = 200
 
@@ -30,7 +30,8 @@ Http = Request[Any, Any, Any]
 class MediaAnswer(msgspec.Struct, kw_only=True):
     """How a piece of media was made. Prompt and parameters are its owner's alone.
 
-    `parent_id` is what it was made anew from, `root_id` the first of that line. `link` is there with `links=1`.
+    `parent_id` is what it was made anew from, `root_id` the first of that line. `link` is there with `links=1`. `marks` are those that
+    Coffer has put into the file's bytes; `marking` is null where it was to put in none, and `unmarked` for a reason.
     """
 
     id: UUID
@@ -53,6 +54,9 @@ class MediaAnswer(msgspec.Struct, kw_only=True):
     parent_id: UUID | None
     root_id: UUID
     is_primary: bool
+    marks: list[str]
+    marking: MarkingState | None
+    marking_reason: str | None
     created_at: datetime
     link: LinkAnswer | UnsetType = UNSET
 

@@ -69,7 +69,9 @@ class Callback:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobWish:
-    """A job, with all text cleaned. `reference_ids` are files of the user, `parent_id` is the media to be made anew."""
+    """A job, with all text cleaned. `reference_ids` are files of the user, `parent_id` is the media to be made anew. `marks` are for its
+    outputs, some of the settings'; None is all of those.
+    """
 
     outputs: list[OutputWish]
     pipeline: str | None = None
@@ -82,6 +84,7 @@ class JobWish:
     reference_ids: list[UUID] = field(default_factory=list)
     parent_id: UUID | None = None
     callback: Callback | None = None
+    marks: list[str] | None = None
     ttl_seconds: int
 
 
@@ -175,6 +178,9 @@ class Generation:
         callback = None if wish.callback is None else self._checked(wish.callback)
         if wish.pipeline is not None and wish.pipeline not in self._pipelines:
             raise InvalidRequest("pipeline", "is not one of those in the settings")
+        marks = list(self._settings.mark_outputs) if wish.marks is None else wish.marks
+        if not set(marks) <= set(self._settings.mark_outputs):
+            raise InvalidRequest("marks", "are not all in the settings")
         for output in wish.outputs:
             if output.max_bytes > self._settings.max_file_bytes:
                 raise FileTooLarge(self._settings.max_file_bytes)
@@ -195,6 +201,7 @@ class Generation:
                         kind=output.media_type,
                         file_name=output.file_name,
                         job_id=job_id,
+                        marks=marks,
                     ),
                 )
                 for output in wish.outputs

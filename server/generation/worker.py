@@ -1,4 +1,4 @@
-"""What the worker does for jobs: fetches outputs that lie elsewhere, hands jobs on to pipelines, asks after them."""
+"""What the worker does for jobs: fetches outputs that lie elsewhere, has outputs marked, hands jobs on to pipelines, asks after them."""
 
 import asyncio
 import logging
@@ -10,6 +10,7 @@ from uuid import UUID
 from server.errors import CofferError, LinkExpired, LinkUsed, UrlRefused
 from server.fetching import Download, Fetcher, FetchFailed
 from server.generation.adapters import Adapter, Failed, Finished, PipelineError, Submitted
+from server.generation.marking import Marker
 from server.generation.service import NOT_STORABLE, Generation, details_of
 from server.intake import Intake, Upload
 from server.ledger import Database, WorkCounts
@@ -19,7 +20,7 @@ from server.ledger.models import Job, Output
 from server.ledger.queue import Retry
 
 ENTRYPOINT = "generation"
-"""Of the jobs' queue. A payload is `fetch` and the file id of an output, or `dispatch` and the id of a job."""
+"""Of the jobs' queue. A payload is `fetch` or `mark` and the file id of an output, or `dispatch` and the id of a job."""
 
 MOST_TRIES = 10
 """Of handing a job on: half an hour in all. A URL is tried until its job's end."""
@@ -40,6 +41,7 @@ class GenerationWorker:
         generation: Generation,
         fetcher: Fetcher,
         adapters: Mapping[str, Adapter],
+        marker: Marker,
         counts: WorkCounts | None = None,
     ) -> None:
         """`adapters` are by the names of their pipelines."""
@@ -48,6 +50,7 @@ class GenerationWorker:
         self._generation = generation
         self._fetcher = fetcher
         self._adapters = adapters
+        self._marker = marker
         self._counts = counts or WorkCounts()
         self._stopping = asyncio.Event()
 
@@ -69,6 +72,8 @@ class GenerationWorker:
         what, _, about = payload.partition(" ")
         if what == "fetch":
             await self._fetch_output(UUID(about), put_off)
+        elif what == "mark":
+            await self._marker.handle(UUID(about), put_off)
         else:
             await self._hand_on(UUID(about), put_off)
 

@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple, cast
@@ -29,7 +29,9 @@ from server.errors import (
 )
 from server.intake.scanner import Scanner
 from server.kinds import HEAD_BYTES, MP4, TAIL_BYTES, Allowed, FileType, detect, resolve
+from server.ledger.generation import mark_content
 from server.ledger.models import ClaimedLink, File, NewFile, ReplacedContent
+from server.previews.statements import NAME as STATEMENTS_NAME
 from server.vault import IncomingFile
 from server.vault.layout import previews_directory, stored_path
 
@@ -260,12 +262,15 @@ class Upload:
         self._tell_of(file)
         return file
 
-    async def replace(self, old: File) -> File:
+    async def replace(self, old: File, *, marks: Sequence[str] | None = None) -> File:
         """Publishes the bytes as the new content of `old`, whose bytes live until the commit. Its kind stays.
 
-        Raises `PreconditionFailed` when the file has been replaced meanwhile, else as `finish`.
+        With `marks` they are the same, marked: an output that waits for that, of the same type. Raises `PreconditionFailed` when the file
+        has been replaced meanwhile, else as `finish`.
         """
         file_type, kind = await self._complete(old.file_type)
+        if marks is not None and file_type.mime_type != old.mime_type:
+            raise TypeMismatch(declared=old.mime_type, detected=file_type.mime_type)
 
         def path(generation: int) -> str:
             return stored_path(self.user_id, kind, old.id, generation, file_type.extension)
@@ -282,6 +287,16 @@ class Upload:
         )
 
         def statement() -> Awaitable[File]:
+            if marks is not None:
+                return mark_content(
+                    self._intake.db,
+                    user_id=self.user_id,
+                    file_id=old.id,
+                    expected_generation=old.generation,
+                    new=new,
+                    marks=marks,
+                    statements_name=STATEMENTS_NAME,
+                )
             return ledger.replace_content(
                 self._intake.db, user_id=self.user_id, file_id=old.id, expected_generation=old.generation, new=new
             )

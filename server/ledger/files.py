@@ -120,14 +120,9 @@ def published(new: NewFile, date: datetime) -> File:
     )
 
 
-async def replace_content(db: Database, *, user_id: str, file_id: UUID, expected_generation: int, new: ReplacedContent) -> File:
-    """Points a file at other bytes and leaves a tombstone for the old ones; ends the reservation `new.upload_id` in any case.
-
-    Call it when the bytes are synced under `new.file_path`. Raises `PreconditionFailed` when the file has another generation,
-    `NotFound`, `QuotaExceeded`, `UserErasing`, `CommitUnknown` and `DatabaseUnavailable`.
-    """
-    rows = await db.write(
-        _REPLACE,
+def replacing(user_id: str, file_id: UUID, expected_generation: int, new: ReplacedContent) -> tuple[Any, ...]:
+    """The first 11 parameters of every statement that points a file at other bytes; the last is the actor."""
+    return (
         user_id,
         file_id,
         expected_generation,
@@ -139,6 +134,18 @@ async def replace_content(db: Database, *, user_id: str, file_id: UUID, expected
         new.file_path,
         new.generation,
         actor_json(),
+    )
+
+
+async def replace_content(db: Database, *, user_id: str, file_id: UUID, expected_generation: int, new: ReplacedContent) -> File:
+    """Points a file at other bytes and leaves a tombstone for the old ones; ends the reservation `new.upload_id` in any case.
+
+    Call it when the bytes are synced under `new.file_path`. Raises `PreconditionFailed` when the file has another generation,
+    `NotFound`, `LegalHold`, `QuotaExceeded`, `UserErasing`, `CommitUnknown` and `DatabaseUnavailable`.
+    """
+    rows = await db.write(
+        _REPLACE,
+        *replacing(user_id, file_id, expected_generation, new),
         patience=COMMIT_PATIENCE_SECONDS,
     )
     if not rows:

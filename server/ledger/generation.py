@@ -14,9 +14,10 @@ from uuid import UUID
 import msgspec
 
 from server.actor import actor_json
-from server.errors import CofferError, InvalidRequest, NotFound
+from server.errors import CofferError, InvalidRequest, NotFound, PreconditionFailed
 from server.ledger.database import COMMIT_PATIENCE_SECONDS, LONG_PATIENCE_SECONDS, Database, Row
-from server.ledger.models import Job, JobPage, JobQuery, JobState, NewJob, Output, OutputState
+from server.ledger.files import FILE_COLUMNS, file_of, replacing
+from server.ledger.models import File, Job, JobPage, JobQuery, JobState, Marking, NewJob, Output, OutputState, ReplacedContent
 from server.ledger.statements import statement
 
 Position = tuple[Annotated[datetime, msgspec.Meta(tz=True)], UUID]
@@ -42,6 +43,9 @@ _FAIL = statement("fail_output")
 _NOTIFY = statement("notify_job")
 _SET_REMOTE_ID = statement("set_remote_id")
 _DERIVE = statement("derive_generation_jobs")
+_FIND_MARKING = statement("find_marking")
+_SETTLE_MARKING = statement("settle_marking")
+_MARK = statement("mark_content", file=FILE_COLUMNS)
 _cursors = msgspec.json.Decoder(Position)
 
 
@@ -223,6 +227,36 @@ async def derive_generation_jobs(db: Database, called_pipelines: Sequence[str], 
     """
     rows = await db.write(_DERIVE, list(called_pipelines), list(polled_pipelines), patience=LONG_PATIENCE_SECONDS)
     return int(rows[0]["count"])
+
+
+async def find_marking(db: Database, file_id: UUID) -> Marking | None:
+    """What an output waits to be marked with; None when it does not."""
+    rows = await db.read(_FIND_MARKING, file_id)
+    return Marking(rows[0]["wanted_marks"], rows[0]["model_used"]) if rows else None
+
+
+async def settle_marking(db: Database, file_id: UUID, reason: str | None = None) -> None:
+    """Ends the job of an output that waited to be marked, if it was the last one open. With a reason the marking is given up first."""
+    await db.write(_SETTLE_MARKING, file_id, None if reason is None else reason[:64])
+
+
+async def mark_content(
+    db: Database, *, user_id: str, file_id: UUID, expected_generation: int, new: ReplacedContent, marks: Sequence[str], statements_name: str
+) -> File:
+    """Points an output that waits to be marked at its marked bytes, as `replace_content` does; previews stay but for `statements_name`.
+
+    Raises as that; `PreconditionFailed` also when it does not wait any more.
+    """
+    rows = await db.write(
+        _MARK,
+        *replacing(user_id, file_id, expected_generation, new),
+        list(marks),
+        statements_name,
+        patience=COMMIT_PATIENCE_SECONDS,
+    )
+    if not rows:
+        raise PreconditionFailed
+    return file_of(rows[0])
 
 
 class JobTeller:

@@ -192,7 +192,8 @@ class User(msgspec.Struct, frozen=True, kw_only=True):
 class UploadLink(msgspec.Struct, frozen=True, kw_only=True):
     """What an upload link allows and gives: kept as JSON in its reservation's row. `types` are kinds or MIME types; empty is any.
 
-    `kinds` are the only ones that the credentials which made the link were good for; None is all. `job_id`: what it brings is an output.
+    `kinds` are the only ones that the credentials which made the link were good for; None is all. `job_id`: what it brings is an output,
+    to be marked with `marks`.
     """
 
     types: list[str] = []
@@ -203,6 +204,7 @@ class UploadLink(msgspec.Struct, frozen=True, kw_only=True):
     tags: list[str] = []
     metadata: dict[str, Any] = {}
     job_id: UUID | None = None
+    marks: list[str] = []
 
 
 class ClaimedLink(msgspec.Struct, frozen=True, kw_only=True):
@@ -558,6 +560,7 @@ JobState = Literal["queued", "running", "completed", "partly_completed", "failed
 CallbackState = Literal["waiting", "due", "told", "failed"]
 OutputState = Literal["awaited", "fetching", "stored", "failed"]
 SourceType = Literal["generated", "linked", "replaced", "uploaded"]
+MarkingState = Literal["pending", "marked", "unmarked"]
 
 
 class NewOutput(msgspec.Struct, frozen=True, kw_only=True):
@@ -600,6 +603,13 @@ class Output(msgspec.Struct, frozen=True, kw_only=True):
     state: OutputState
     reason: str | None
     url: str | None
+
+
+class Marking(msgspec.Struct, frozen=True):
+    """What an output is to be marked with, and the model that made it."""
+
+    marks: list[str]
+    model_used: str | None
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -651,7 +661,10 @@ class JobPage(msgspec.Struct, frozen=True):
 
 
 class Media(msgspec.Struct, frozen=True, kw_only=True):
-    """One row of `generated_media`: how a piece of media was made. `id` is that of its file, where it has one."""
+    """One row of `generated_media`: how a piece of media was made. `id` is that of its file, where it has one.
+
+    `marks` are those that Coffer has put into the bytes as they are now; `marking` is None where it was to put in none.
+    """
 
     id: UUID
     user_id: str
@@ -674,6 +687,9 @@ class Media(msgspec.Struct, frozen=True, kw_only=True):
     parent_id: UUID | None
     root_id: UUID
     is_primary: bool
+    marks: list[str]
+    marking: MarkingState | None
+    marking_reason: str | None
     created_at: datetime
 
 

@@ -12,8 +12,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,6 +25,7 @@ import server
 from server.previews import images
 from server.previews.images import Answer, Job
 from server.previews.jail import tell_missing
+from server.previews.marks import Mark
 from server.previews.models import Made, MadeFile, Unmakeable, Wishes
 from server.previews.sheets import Sheet
 from server.previews.variants import Variant
@@ -31,9 +33,16 @@ from server.settings import read_with_sources
 
 COMMAND = (sys.executable, "-m", images.__name__)
 READER_COMMAND = (sys.executable, "-m", "server.previews.provenance")
+MARKER_COMMAND = (sys.executable, "-m", "server.previews.marking")
 WALL_SECONDS = 60.0
 _START_SECONDS = 60.0
 _LONGEST_ANSWER_BYTES = 32 * 2**20
+
+_LONGEST_CLAIM_BYTES = 64 * 2**10
+_SIGNED = b"\x84jSignature1"
+"""How all begins that COSE has signed by one (RFC 9052, section 4.4): the key signs nothing else."""
+
+Sign = Callable[[bytes], bytes]
 
 _MAGIC = {
     "image/webp": (0, b"RIFF"),
@@ -67,6 +76,14 @@ def reader() -> "Decoders":
     return decoders
 
 
+@functools.cache
+def marker() -> "Decoders":
+    """One that marks files; started when it is first needed."""
+    decoders = Decoders(1, MARKER_COMMAND)
+    atexit.register(decoders.close)
+    return decoders
+
+
 class Decoders:
     """As many decoders as may work at once. Each is started when it is first needed, and again after it was killed."""
 
@@ -96,6 +113,24 @@ class Decoders:
     async def read_statements(self, source: Path, mime_type: str, output: Path) -> MadeFile:
         """Like `making.read_statements`, by those of `reader`."""
         return (await self._run([source], Job((mime_type,), statements=True), output, WALL_SECONDS)).files[0]
+
+    async def mark(self, source: Path, mime_type: str, target_fd: int, mark: Mark, sign: Sign) -> None:
+        """Like `making.mark`, by those of `marker`."""
+        wall_seconds = WALL_SECONDS * images.MOST_AT_LENGTH
+        job = Job((mime_type,), mark=mark)
+        await asyncio.get_running_loop().run_in_executor(self._threads, self._mark, source, job, target_fd, sign, wall_seconds)
+
+    def _mark(self, source: Path, job: Job, target_fd: int, sign: Sign, wall_seconds: float) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours:
+            signing = threading.Thread(target=_sign_once, args=(ours, sign), name="signer")
+            signing.start()
+            try:
+                with theirs:
+                    answer = self._answered([source], job, wall_seconds, passed=(target_fd, theirs.fileno()))
+            finally:
+                signing.join()  # it ends with the last who has the other end
+        _raise(answer, job)
 
     def close(self) -> None:
         """Ends all decoders, after the images they have in hand."""
@@ -221,6 +256,18 @@ class Decoder:
             raise Broken(f"the decoder died: {self._process.wait()}")
         status, self.peak_bytes = array.array("q", said)
         return status
+
+
+def _sign_once(asked: socket.socket, sign: Sign) -> None:
+    """Signs the first message that comes, if it may be signed, and no other. Returns when nobody can ask any more."""
+    claim = asked.recv(_LONGEST_CLAIM_BYTES + 1)
+    try:
+        if claim.startswith(_SIGNED) and len(claim) <= _LONGEST_CLAIM_BYTES:
+            asked.send(sign(claim))
+    except OSError:  # it has died meanwhile
+        return
+    finally:
+        asked.shutdown(socket.SHUT_RDWR)
 
 
 def _raise(answer: Answer, job: Job) -> None:

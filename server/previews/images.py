@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 import msgspec
 
 from server.previews.confinement import Limits, confine, end_with_parent, filter_calls, filter_program, limit, yield_processor
+from server.previews.marks import Mark
 from server.previews.models import Made, Reason, Wishes
 from server.previews.sheets import MOST_PICTURES, Sheet
 from server.previews.statements import NAME as STATEMENTS_NAME
@@ -42,10 +43,11 @@ MOST_FRAMES = 5_000
 """Of a moving image. All are counted before any is decoded."""
 
 LIMITS = Limits(memory_bytes=1536 * MIB, cpu_seconds=30, file_bytes=0)
-"""Memory: the 900 MB above, 350 of libvips' own address space, and the previews. Files are not written at all."""
+"""Memory: the 900 MB above, 350 of libvips' own address space, and the previews. No file is written, but by `marking`."""
 
 MOST_AT_LENGTH = 4
-"""Of a sheet's images, that many may each take as long as an image may alone: processor and wall-clock time are so many times as much."""
+"""Of a sheet's images, that many may each take as long as an image may alone: processor and wall-clock time are so many times as much. So
+are they for a file to mark, of any length."""
 
 NICE = 10
 
@@ -63,10 +65,13 @@ class Job(msgspec.Struct, frozen=True):
     variant: Variant | None = None
     sheet: Sheet | None = None
     statements: bool = False
+    mark: Mark | None = None
 
     @property
     def limits(self) -> Limits:
         """What doing it may use."""
+        if self.mark is not None:
+            return msgspec.structs.replace(LIMITS, cpu_seconds=LIMITS.cpu_seconds * MOST_AT_LENGTH, file_bytes=self.mark.most_bytes)
         return msgspec.structs.replace(LIMITS, cpu_seconds=LIMITS.cpu_seconds * min(len(self.mime_types), MOST_AT_LENGTH))
 
     @property
@@ -74,6 +79,8 @@ class Job(msgspec.Struct, frozen=True):
         """What the files may be called that it is answered with."""
         if self.statements:
             return {STATEMENTS_NAME}
+        if self.mark is not None:
+            return set()
         if (one := self.variant or self.sheet) is not None:
             return {one.name}
         return {"animated.webp", *(f"{width}.webp" for width in (self.wishes or Wishes()).image_widths)}

@@ -4,14 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from server.previews import audio, decoders, video
+from server.previews.decoders import Sign
 from server.previews.ffmpeg import DEMUXERS
 from server.previews.images import LOADERS
+from server.previews.marks import TYPES, Mark
 from server.previews.models import Made, MadeFile, Unmakeable, Wishes
 from server.previews.scenes import SCENES
 from server.previews.sheets import Sheet
 from server.previews.variants import Variant
 
-__all__ = ["Made", "MadeFile", "Unmakeable", "Variant", "Wishes", "make", "make_sheet", "make_variant", "read_statements"]
+__all__ = ["Made", "MadeFile", "Unmakeable", "Variant", "Wishes", "make", "make_sheet", "make_variant", "mark", "read_statements"]
 
 
 async def make(source: Path, mime_type: str, output: Path, wishes: Wishes) -> Made:
@@ -52,6 +54,15 @@ async def make_sheet(pictures: Sequence[tuple[Path, str]], output: Path, sheet: 
 async def read_statements(source: Path, mime_type: str, output: Path) -> MadeFile:
     """Writes what a file, whatever it is, says of its making into the directory `output`: `Statements` as JSON. Raises as `make`."""
     return await decoders.reader().read_statements(source, mime_type, output)
+
+
+async def mark(source: Path, mime_type: str, target_fd: int, mark: Mark, sign: Sign) -> None:
+    """Writes a file with a mark into the empty file of `target_fd`, which may be read and written. `sign` makes the signature, as DER, of
+    what it is given, in a thread. Raises as `make`; then the target may hold anything.
+    """
+    if mime_type not in TYPES[mark.kind]:
+        raise Unmakeable("unsupported")
+    await decoders.marker().mark(source, mime_type, target_fd, mark, sign)
 
 
 def _clear(directory: Path) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from server.errors import CofferError, Damaged, VolumeFull, VolumeReadOnly, VolumeUnavailable
 from server.vault.cached import open_cached
@@ -584,6 +584,19 @@ class Volume:
                     _unlink_if_there(str(upload_id), directory)
         finally:
             os.close(directory)
+
+    def nameless(self) -> Handle:
+        """A new file that may be read and written, and is gone when its handle is: for what is to become an upload. Raises as `writing`.
+
+        A crash while it is made leaves an empty one in incoming/, as of an upload that nobody claims.
+        """
+        directory = Handle(self.incoming(self.root()))
+        name = str(uuid4())
+        with self.writing():
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            file = Handle(os.open(name, flags, 0o600, dir_fd=directory.fd))
+            os.unlink(name, dir_fd=directory.fd)
+        return file
 
     def pieces_of_incoming(self, name: UUID, size_bytes: int, *, at: int = 0, piece_bytes: int = 2**20) -> Iterator[bytes]:
         """The bytes from `at` to `size_bytes` of a file in incoming/, one piece in memory at a time. Raises `Damaged` when it is gone or

@@ -88,8 +88,9 @@ with released as (
     delete from previews p using replaced r where p.file_id = r.id
 ), remade as (
     update generated_media m
-       set source_type = 'replaced'
-      from replaced r where m.file_id = r.id and m.source_type = 'generated'
+       set source_type = case when m.source_type = 'generated' then 'replaced' else m.source_type end,
+           marks = '{}', marking = null, marking_reason = null
+      from replaced r where m.file_id = r.id and (m.source_type = 'generated' or m.marking is not null)
 ), queued as (
     insert into pgqueuer (priority, status, entrypoint, payload, dedupe_key)
     select 0, 'queued', 'preview', convert_to(id::text, 'UTF8'), 'preview:' || id from replaced where preview_state = 'pending'

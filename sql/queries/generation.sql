@@ -69,11 +69,13 @@ with taken as (
 select pg_notify('coffer_notice', 'job/' || id) from taken;
 
 -- name: derive_generation_jobs
--- Gives outputs that wait to be fetched, and jobs that wait to be handed on or asked after ($1 are the pipelines that Coffer calls),
+-- Gives outputs that wait to be fetched or marked, and jobs that wait to be handed on or asked after ($1 are the pipelines that Coffer calls),
 -- their place in the queue, where they have none. $2 are those of them that are to be asked after again and again. What a defect has failed is
 -- left to expire. None while the store is a restored one that nobody has cleared. Tells how many were missing.
 with waiting as (
     select 'fetch:' || o.file_id as key, 'fetch ' || o.file_id as payload from generation_outputs o where o.state = 'fetching'
+    union all
+    select 'mark:' || m.file_id, 'mark ' || m.file_id from generated_media m where m.marking = 'pending'
     union all
     select 'dispatch:' || j.id, 'dispatch ' || j.id
       from generation_jobs j
@@ -89,3 +91,46 @@ with waiting as (
     returning 1
 )
 select count(*) from queued;
+
+-- name: find_marking
+-- What the output that a file is waits to be marked with.
+select m.wanted_marks, m.model_used from generated_media m where m.file_id = $1 and m.marking = 'pending';
+
+-- name: settle_marking
+-- Ends the job of an output that waited to be marked, if it was the last one open; with a reason ($2) the marking is given up.
+select settle_marking_v1($1, $2);
+
+-- name: mark_content
+-- Ends the reservation, then points the row of an output that waits to be marked ($12 are the marks) at the bytes that are, if it still has the
+-- generation that the caller saw. The trigger leaves a tombstone for the old bytes. What was made of them is of the same picture and stays, but
+-- for what they said of their making; on another volume ($8) it is made again.
+with released as (
+    delete from uploads where id = $4 and user_id = $1 returning id
+), waiting as materialized (
+    select m.id from generated_media m where m.file_id = $2 and m.marking = 'pending' for update
+), replaced as (
+    update user_files f
+       set mime_type = $5, file_size = $6, sha256 = $7, volume_id = $8, file_path = $9, generation = $10, damaged_at = null,
+           preview_state = case when f.preview_state is not null and f.volume_id <> $8 then 'pending' else f.preview_state end,
+           content_changed_at = clock_timestamp(), updated_at = clock_timestamp()
+      from (select count(*) from released) first (released)
+     where first.released >= 0 and f.user_id = $1 and f.id = $2 and f.generation = $3 and f.deleted_at is null
+       and exists (select from waiting)
+    returning f.*
+), marked as (
+    update generated_media m set marking = 'marked', marking_reason = null, marks = $12 from waiting w, replaced r where m.id = w.id
+), noted as (
+    insert into events (user_id, type, file_id, payload)
+    select user_id, 'file.replaced', id,
+           jsonb_build_object('file_name', file_name, 'file_type', file_type, 'mime_type', mime_type, 'file_size', file_size,
+                              'marks', to_jsonb($12::text[]))
+      from replaced
+), recorded as (
+    insert into audit_log (action, user_id, file_id, detail, actor_kind, actor_id, acting_user_id, address, request_id)
+    select 'file.replaced', r.user_id, r.id,
+           jsonb_build_object('mime_type', r.mime_type, 'file_size', r.file_size, 'marks', to_jsonb($12::text[])), a.*
+      from replaced r, actor_of_v1($11) a
+), outdated as (
+    delete from previews p using replaced r where p.file_id = r.id and (p.file_name = $13 or r.preview_state = 'pending')
+)
+select {file} from replaced;

@@ -68,6 +68,9 @@ def test_how_it_was_made_is_remembered(api: RunningServer, pipeline: httpx.Clien
             "parent_id": None,
             "root_id": file_id,
             "is_primary": False,
+            "marks": [],
+            "marking": None,
+            "marking_reason": None,
         }
         ada.delete(f"/api/files/{file_id}").raise_for_status()
         assert code(ada.get(f"/api/media/{file_id}")) == (404, "not_found")

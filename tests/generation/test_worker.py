@@ -16,6 +16,7 @@ from server.delivery import Links
 from server.fetching import Fetcher, Rules
 from server.generation import Generation, JobWish, OutputWish
 from server.generation.adapters import adapter_of, new_client
+from server.generation.marking import Marker
 from server.generation.worker import ENTRYPOINT, MOST_TRIES, GenerationWorker
 from server.intake import Intake
 from server.ledger import Database, WorkCounts, get_user, list_files, list_volumes
@@ -66,7 +67,8 @@ class Coffer:
         fetcher = Fetcher(Rules.from_settings(settings))
         adapters = {each.name: adapter for each in settings.pipelines if (adapter := adapter_of(each, self.client))}
         self.counts = WorkCounts()
-        self.worker = GenerationWorker(db, self.intake, self.generation, fetcher, adapters, self.counts)
+        marker = Marker(db, self.intake, None)
+        self.worker = GenerationWorker(db, self.intake, self.generation, fetcher, adapters, marker, self.counts)
 
     async def job(self, outputs: int = 1, pipeline: str | None = None, max_bytes: int = 3_000_000) -> Job:
         wish = JobWish(
