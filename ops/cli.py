@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 from uuid import UUID
 
-from ops import audit, backup, disks, doctor, drill, purge, rebalance, restore, restore_volume, scrub, status, tool, top
+from ops import audit, backup, disks, doctor, drill, purge, rebalance, restore, restore_user, restore_volume, scrub, status, tool, top
 from ops.tool import Desk
 from server import cli
 
@@ -81,10 +81,12 @@ def _add_tools(commands: Any) -> None:
 
 
 def _add_restore(commands: Any) -> None:
-    meaning = "bring back a whole store, one volume or one file from a backup"
+    meaning = "bring back a whole store, one volume, one user or one file from a backup"
 
     async def work(desk: tool.Desk) -> str:
         match desk.arguments.what:
+            case "user":
+                return await restore_user.run(desk)
             case "volume":
                 return await restore_volume.run(desk)
             case _:
@@ -102,7 +104,9 @@ def _add_restore(commands: Any) -> None:
     volume.add_argument("volume_id", type=UUID, metavar="ID")
     for each in (everything, rows, volume):
         each.add_argument("--tar", type=Path, metavar="FILE", help="from this archive, and not from the repository")
-    for each in (everything, rows, one, volume):
+    theirs = whats.add_parser("user", help="the files that a user had and has no more, into a store that runs")
+    theirs.add_argument("user_id", metavar="USER")
+    for each in (everything, rows, one, volume, theirs):
         each.add_argument("--at", type=_moment, metavar="TIME", help="the newest backup that is not younger, such as 2026-01-31T12:00")
         each.add_argument("--backup", type=UUID, metavar="ID", help="this backup, as `coffer restore list` names it")
     whats.add_parser("clear", help="take uploads again: this store is the one that counts")

@@ -97,6 +97,7 @@ def _literal(value: object) -> str:
         ("list_trash_of_kinds", ("ada", None, None, 50, ["image"]), "user_files_trash_kind", "ROW(deleted_at, id) <"),
         ("page_of_old_trash", (30, None, None, 10_000), "user_files_trash_age", "ROW(deleted_at, id) >"),
         ("page_of_user_files", ("ada", None, None, _NOON, 200), "user_files_created", "ROW(upload_date, id) >"),
+        ("saved_files", ("ada", _ID, 1_000), "user_files_pkey", "id >"),
         ("purge_events", (90, 1_000), "events_pkey", ""),
         ("purge_jobs", (90, 1_000), "generation_jobs_ended", "finished_at <"),
         ("purge_jobs", (90, 1_000), "generation_jobs_pkey", "id = ANY"),

@@ -103,6 +103,7 @@ UNRECORDED = {
     "switch_resumable_upload",
     "settle_restored",
     "forget_restored_previews",
+    "set_tier",
     "note_api_keys_used",
     "unclaim_link",
     "claim_link",

@@ -1,13 +1,16 @@
 """What was saved comes back, and nothing is stored before somebody has looked (FAULTS 15)."""
 
+import re
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from server.commands.failures import Exit
+from server.ledger.statements import statement
 from server.vault.layout import WITHHELD
 from tests.conftest import PostgresServer
 from tests.ops.conftest import Second, Tool, drifted, path_of, place_on_first, store, where
@@ -17,6 +20,10 @@ from tests.processes import has_ended
 from tests.samples import image
 from tests.serving import RunningServer, execute
 from tests.waiting import until
+
+MIRA = {"entity_type": "character", "entity_id": "mira"}
+OF_THE_WORKER = {"import_reason", "import_actor", "import_kinds", "import_at", "updated_at"}
+"""Of linked assets: what is only about an import under way."""
 
 
 def test_everything_comes_back_into_an_empty_place(
@@ -99,6 +106,111 @@ def test_a_file_that_has_moved_since_comes_back_to_where_it_is_now(
     assert (told.code, told.findings) == (Exit.OK, []), told.stderr
     assert download(server, "ada", file_id).content == image(2_000, 0)
     assert where(server) == {second.id}
+
+
+def test_what_a_user_lost_comes_back_beside_what_they_have(server: RunningServer, repository: Path, tool: Tool) -> None:
+    kept, deleted, changed, again = store(server, "ada", 4)
+    with server.client("ada") as client:
+        client.put(f"/api/files/{deleted}/tags", json={"tags": ["beach"]}).raise_for_status()
+        before = client.get(f"/api/files/{deleted}").json()
+        link = client.post(f"/api/files/{deleted}/link", json={}).json()["url"]
+        assert tool("backup").code == Exit.OK
+        client.put(f"/api/files/{changed}/content", content=image(999, 77)).raise_for_status()
+        for file_id in (deleted, again):
+            assert client.delete(f"/api/files/{file_id}").status_code == 204
+        (newer,) = store(server, "ada", 1, seed=50)
+        told = tool("restore", "user", "ada")
+        assert (told.code, told.findings) == (Exit.OK, []), told.stderr
+        assert (told.summary["restored_files"], told.summary["files_there"]) == (2, 2)
+        after = client.get(f"/api/files/{deleted}").json()
+        assert {name: after[name] for name in before if name != "updated_at"} == {
+            name: before[name] for name in before if name != "updated_at"
+        }
+        for number, file_id in ((0, kept), (1, deleted), (3, again)):
+            assert client.get(f"/api/files/{file_id}/download").content == image(2_000, number)
+        assert client.get(f"/api/files/{changed}/download").content == image(999, 77)
+        assert client.get(f"/api/files/{newer}/download").content == image(2_000, 50)
+        assert client.get(link).status_code in (403, 404)
+        assert drifted(server.database_url) == []
+        assert tool("restore", "user", "ada").summary["restored_files"] == 0
+    server.settle()
+    assert (tool("audit").findings, (server.volume / ".coffer-staging").exists()) == ([], False)
+
+
+def test_how_files_were_made_and_what_was_linked_come_back(server: RunningServer, repository: Path, tool: Tool) -> None:
+    with server.client("ada") as client:
+
+        def make(seed: int, **wish: Any) -> str:
+            made = client.post("/api/generate", json={"outputs": [{"max_bytes": 9_000}], **MIRA, "prompt": "a pier", **wish}).json()
+            client.put(made["uploads"][0]["url"], content=image(2_000, seed)).raise_for_status()
+            return str(made["uploads"][0]["file_id"])
+
+        def link(name: str, **wish: Any) -> str:
+            asset = client.post("/api/assets/link", json={"url": f"https://example.com/{name}.png", "type": "image", **MIRA, **wish})
+            asset.raise_for_status()
+            return str(asset.json()["id"])
+
+        first, other = make(1, model="sdxl"), make(2)
+        child = make(4, parent_id=first)
+        imported, kept, alone = link("a", tags=["sea"]), link("b"), link("c")
+        (uploaded,) = store(server, "ada", 1, seed=60)
+        sql = "update linked_assets set import_state = 'done', check_at = null, file_id = $2 where id = $1"
+        execute(server.database_url, sql, imported, uploaded)
+        client.put(f"/api/media/{first}/primary", json={"is_primary": True}).raise_for_status()
+        before = {each["id"]: each for each in client.get("/api/media").json()["media"]}
+        assets = {each["id"]: each for each in client.get("/api/assets").json()["assets"]}
+        assert len(before) == 6
+        assert tool("backup").code == Exit.OK
+        for file_id in (first, child, uploaded):
+            client.delete(f"/api/files/{file_id}").raise_for_status()
+        for asset_id in (imported, alone):
+            client.delete(f"/api/assets/{asset_id}").raise_for_status()
+        client.put(f"/api/media/{other}/primary", json={"is_primary": True}).raise_for_status()
+        told = tool("restore", "user", "ada")
+        assert (told.code, told.findings) == (Exit.OK, []), told.stderr
+        assert (told.summary["restored_files"], told.summary["restored_assets"]) == (3, 2)
+        after = {each["id"]: each for each in client.get("/api/media").json()["media"]}
+        before[first]["is_primary"], before[other]["is_primary"] = False, True  # another one is by now
+        assert after == before
+        back = {each["id"]: each for each in client.get("/api/assets").json()["assets"]}
+        assert {key: value | {"updated_at": None} for key, value in back.items()} == {
+            key: value | {"updated_at": None} for key, value in assets.items()
+        }
+        client.delete(f"/api/files/{uploaded}").raise_for_status()
+        client.delete(f"/api/assets/{imported}").raise_for_status()
+        execute(server.database_url, "update user_storage set max_bytes = total_bytes")  # no room for the file
+        assert tool("restore", "user", "ada").states == [("not_restored", "look")]
+        again = client.get(f"/api/assets/{imported}").json()
+        assert (again["import_state"], again["file_id"]) == (None, None)
+        assert tool("restore", "user", "ada").summary["restored_assets"] == 0
+    (row,) = execute(server.database_url, "select check_at is not null as due from linked_assets where id = $1", imported)
+    assert row["due"] and kept in back
+
+
+@pytest.mark.parametrize(("table", "apart"), [("generated_media", {"prompt_words"}), ("linked_assets", OF_THE_WORKER)])
+def test_every_column_comes_back(database_url: str, table: str, apart: set[str]) -> None:
+    columns = execute(database_url, "select column_name as name from information_schema.columns where table_name = $1", table)
+    text = statement("restore_file" if table == "generated_media" else "restore_asset")
+    assert {row["name"] for row in columns if not re.search(rf"\b{row['name']}\b", text)} == apart
+
+
+def test_a_user_who_was_erased_comes_back_within_their_quota(server: RunningServer, repository: Path, tool: Tool) -> None:
+    ids = store(server, "ada", 3)
+    server.set_quota("ada", 6_500)
+    assert tool("backup").code == Exit.OK
+    with server.client() as admin, server.client("ada") as client:
+        assert admin.delete("/api/users/ada").status_code == 204
+        told = tool("restore", "user", "ada")
+        assert (told.code, told.summary["restored_files"]) == (Exit.OK, 3), told.stderr
+        assert client.get("/api/storage/usage").json()["limit_bytes"] == 6_500
+        assert client.delete(f"/api/files/{ids[1]}").status_code == 204
+        store(server, "ada", 1, size_bytes=2_400, seed=9)  # there is no room now for what was deleted
+        told = tool("restore", "user", "ada")
+    assert (told.code, told.states, told.findings[0]["file_id"]) == (Exit.FOUND, [("not_restored", "look")], ids[1])
+    assert drifted(server.database_url) == []
+    server.settle()
+    assert tool("audit").findings == []
+    assert tool("restore", "user", "nobody").code == Exit.NOT_FOUND
 
 
 def test_a_store_is_restored_over_nothing_that_is_there(
