@@ -11,7 +11,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from tests.bench import downloads, edge, huge, large, links, lists, memory, previews, small, tus
+from tests.bench import audit, backup, downloads, edge, generation, huge, large, links, lists, memory, million, previews, small, tus
 from tests.bench.harness import Stage, elapsed, say
 from tests.bench.processes import BenchError
 from tests.scratch import scratch
@@ -27,6 +27,10 @@ SECTIONS = {
     "links": links,
     "previews": previews,
     "tus": tus,
+    "audit": audit,
+    "backup": backup,
+    "million": million,
+    "generation": generation,
 }
 
 

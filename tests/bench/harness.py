@@ -3,12 +3,14 @@
 import os
 import random
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from tests.bench import servers
 from tests.bench.processes import BenchError
@@ -136,3 +138,28 @@ def say(text: str) -> None:
 
 def elapsed(began: float) -> str:
     return f"{time.monotonic() - began:.0f} s"
+
+
+def peak_memory_bytes(pid: int | Literal["self"]) -> int:
+    """The most memory that a process ever had resident."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    (peak_kib,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(peak_kib) * KIB
+
+
+def run_python(code: str, database_url: str) -> tuple[str, int]:
+    """Runs statements that leave an exit code in `code`. What they printed, and the most memory of that process, or of a child of it.
+
+    Not the process's own `ru_maxrss`, which begins with what this one had when it started the other.
+    """
+    code = f"""{code}
+import resource, sys
+from tests.bench.harness import peak_memory_bytes
+print(max(peak_memory_bytes("self"), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024))
+sys.exit(code)"""
+    environment = os.environ | {"DATABASE_URL": database_url}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise AssertionError(f"{done.stdout[-500:]}{done.stderr[-500:]}")
+    told, _, peak_bytes = done.stdout.rstrip().rpartition("\n")
+    return told, int(peak_bytes)
