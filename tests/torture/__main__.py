@@ -1,13 +1,14 @@
 """`python -m tests.torture [number ...]`: faults that Coffer must survive, in their whole length; `make test` has a short form of each.
 
 One line for each, with its figures. Exit code 1 if something was lost. Everything runs on loopback and in a scratch directory that is
-removed at the end; all of it takes about a quarter of an hour.
+removed at the end; all of it takes about half an hour. Failing disks need root and loop devices.
 """
 
 import argparse
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 from ops.embedded_postgres import EmbeddedPostgres
@@ -44,6 +45,7 @@ def _told(case: Case, stage: Stage) -> bool:
         outcome, held = f"{case.run(stage)}  ok", True
     except Exception as problem:  # noqa: BLE001 - the others are still worth their while
         outcome, held = f"{type(problem).__name__}: {problem}  FAILED", False
+        traceback.print_exc()
     print(f"{case.number:>3}  {case.title}: {outcome} ({time.monotonic() - began:.0f} s)", flush=True)
     return held
 
