@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ops.embedded_postgres import binaries_for
 from server.auth import Scope, api_keys
-from tests.attack.routes import ADMINS, Operation, content_of, operations_of
+from tests.attack.routes import ADMINS, APPS, UUIDS, Operation, content_of, operations_of
 from tests.attack.target import MISSING, Tally, Target, errors_in
 from tests.attack.wire import Answer, Wire, request
 from tests.serving import RunningServer, execute
@@ -33,12 +33,15 @@ def attack(target: Target, tally: Tally) -> str:
 
 
 def _needed(operation: Operation) -> Scope:
-    """By the rule, not by what the server says: an admin's routes, links, what changes something, the rest."""
+    """By the rule, not by what the server says: an admin's routes, an app's, links, what changes something, the rest."""
     if operation.path.startswith(ADMINS):
         return Scope.ADMIN
+    if operation.path.startswith(APPS) and operation.method != "GET":
+        return Scope.JOBS_WRITE
     links = ("/api/links", "/api/uploads/links", "/api/storage/{file_id}/url")
+    signs = operation.path.endswith(("/link", "/revoke-links")) and not operation.path.startswith("/api/assets")
     changes_publicity = operation.path.endswith("/public") and operation.method != "GET"
-    if operation.path.startswith(links) or operation.path.endswith(("/link", "/revoke-links")) or changes_publicity:
+    if operation.path.startswith(links) or signs or changes_publicity:
         return Scope.LINKS_WRITE
     return Scope.FILES_READ if operation.method in {"GET", "HEAD"} else Scope.FILES_WRITE
 
@@ -70,7 +73,7 @@ def _all_but(scope: Scope) -> tuple[Scope, ...]:
 def _ask(target: Target, operation: Operation, key: str) -> Answer:
     path = operation.path
     for name in operation.parameters:
-        path = path.replace(f"{{{name}}}", MISSING if name == "file_id" else "nobody-at-all")
+        path = path.replace(f"{{{name}}}", MISSING if name in UUIDS else "nobody-at-all")
     headers = [("Authorization", f"Bearer {key}"), ("X-User-Id", "scoped")]
     return target.wire.expect(request(operation.method, path, *content_of(operation.body, MISSING, headers)))
 

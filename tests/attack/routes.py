@@ -7,7 +7,9 @@ import msgspec
 from tests.attack.target import BODY, Tally, Target
 from tests.attack.wire import Headers
 
-ADMINS = ("/api/users", "/api/audit")  # an admin's routes: every user is its business
+ADMINS = ("/api/users", "/api/audit", "/api/webhooks")  # an admin's routes: every user is its business
+UUIDS = ("file_id", "job_id", "media_id", "asset_id", "webhook_id")
+APPS = ("/api/generate",)  # what changes a job is an app's: a user's own token does not
 _METHODS = ("get", "head", "post", "put", "patch", "delete")
 
 # A body for each type of body that routes take; {id} is the file meant. A new type needs a line here, or the attack fails.
@@ -21,6 +23,18 @@ BODIES: dict[str, Any] = {
     "PublicWish": {"is_public": True},
     "UploadLinkWish": {"max_bytes": 10},
     "QuotaChange": {"max_bytes": None},
+    "WebhookWish": {"url": "https://stolen.example/"},
+    "RotationWish": {},
+    "RedeliveryWish": {},
+    "AssetWish": {"url": "https://stolen.example/"},
+    "AssetReplacement": {"url": "https://stolen.example/"},
+    "GenerateWish": {"outputs": [{"max_bytes": 10}]},
+    "CharacterWish": {"entity_id": "1", "max_bytes": 10},
+    "MoodboardWish": {"entity_id": "1", "max_bytes": 10},
+    "AnimationWish": {"entity_id": "1", "max_bytes": 10, "image_id": "01890000-0000-7000-8000-000000000000"},
+    "PrimaryChange": {"is_primary": True},
+    "UploadedMedia": {"file_id": "{id}", "entity_type": "character", "entity_id": "stolen"},
+    "ComposeWish": {"files": ["{id}"]},
 }
 
 
@@ -37,10 +51,10 @@ def operations_of(target: Target, tally: Tally) -> list[Operation]:
     found = []
     for path, item in description["paths"].items():
         for method in _METHODS:
-            if method not in item or path.startswith("/health") or path == "/api/files/events":
-                continue  # health is everybody's; events have no other user's id in them, and no end
+            if method not in item or path.startswith("/health") or path in {"/api/files/events", "/api/generate/webhook"}:
+                continue  # health is everybody's; events have no other user's id in them, and no end; the webhook has its own attack
             parameters = [each["name"] for each in item[method].get("parameters", ()) if each.get("in") == "path"]
-            unknown = set(parameters) - {"file_id", "public_id", "user_id", "token", "name"}
+            unknown = set(parameters) - {*UUIDS, "public_id", "user_id", "token", "name"}
             tally.check(not unknown, f"{method.upper()} {path}: nobody knows what another user's {', '.join(sorted(unknown))} is")
             body, known = _body(item[method])
             tally.check(known, f"{method.upper()} {path}: nobody knows a body for it")

@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from server.auth import Scope
-from tests.attack.routes import ADMINS, Operation, content_of, operations_of
+from tests.attack.routes import ADMINS, APPS, UUIDS, Operation, content_of, operations_of
 from tests.attack.target import BODY, MISSING, Tally, Target
 from tests.attack.wire import request
 
 MISSING_PUBLIC_ID = "A" * 22
+NAMING = ("file_id", "job_id", "media_id", "user_id", "public_id")
 
 # Headers that must not make a difference either: they are about bytes that a stranger has no part in.
 CONDITIONS: list[list[tuple[str, str]]] = [
@@ -45,14 +46,20 @@ def attack(target: Target, tally: Tally) -> str:
     target.upload(target.bob, name="his.png")
     link = target.link(target.ada, file["id"])
     _, upload_id = target.upload_link(target.ada)
+    asset = target.ada.post("/api/assets/link", json={"url": "https://adas-secret.example/"}).json()
+    job = target.ada.post("/api/generate", json={"outputs": [{"max_bytes": 100_000}] * 2, "prompt": "adas-secret-prompt"}).json()
+    target.nobody.put(job["uploads"][0]["url"], content=BODY).raise_for_status()
     belongings = [
+        Belonging("asset_id", asset["id"], MISSING),
+        Belonging("job_id", job["job_id"], MISSING),
+        Belonging("media_id", job["uploads"][0]["file_id"], MISSING),
         Belonging("file_id", file["id"], MISSING),
         Belonging("file_id", upload_id, MISSING),
         # Uuids have other spellings, and every one of them is another user's.
         Belonging("file_id", file["id"].upper(), MISSING.upper()),
         Belonging("public_id", file["id"].replace("-", "")[:22], MISSING_PUBLIC_ID),
     ]
-    before = target.listed(target.ada), target.ada.get("/api/storage/usage").json()
+    before = _all_of_hers(target)
     operations = operations_of(target, tally)
     for operation in operations:
         for credential in _credentials(target):
@@ -62,11 +69,15 @@ def attack(target: Target, tally: Tally) -> str:
             elif operation.method != "DELETE":
                 _look_around(target, tally, operation, credential)
     _look_for_leaks(target, tally, file)
-    after = target.listed(target.ada), target.ada.get("/api/storage/usage").json()
-    tally.check(before == after, "ada's files or usage are not what they were")
+    tally.check(before == _all_of_hers(target), "ada's files, usage or assets are not what they were")
     tally.check(target.get(link).status == 200, "ada's link was revoked")
     tally.check(target.ada.delete(f"/api/uploads/links/{upload_id}").status_code == 204, "ada's upload link was given up")
+    tally.check(target.ada.delete(f"/api/assets/{asset['id']}").status_code == 204, "ada's asset was forgotten")
     return f"{len(operations)} routes, {tally.tried:,} comparisons alike; foreign/missing time {_timing(target, file['id'])}"
+
+
+def _all_of_hers(target: Target) -> list[Any]:
+    return [target.listed(target.ada), *(target.ada.get(path).json() for path in ("/api/storage/usage", "/api/assets"))]
 
 
 def _credentials(target: Target) -> list[Credential]:
@@ -104,7 +115,7 @@ def _compare(target: Target, tally: Tally, operation: Operation, credential: Cre
             ids = named.get("file_id", (MISSING, MISSING))
             headers = [*credential.headers, *((name, value.replace("{etag}", etag)) for name, value in condition)]
             answer = target.wire.expect(request(operation.method, path, *content_of(operation.body, ids[which], headers)))
-            answers.append(answer.comparable(*(named[name][which] for name in ("file_id", "user_id", "public_id") if name in named)))
+            answers.append(answer.comparable(*(named[name][which] for name in (*UUIDS, "user_id", "public_id") if name in named)))
         what = f"{operation.method} {operation.path} with {credential.name}, {condition}, {belonging.parameter} {belonging.value}"
         tally.check(answers[0] == answers[1], f"{what}: {answers[0]} is not {answers[1]}")
         bulk = "{id}" in str(operation.body)
@@ -119,7 +130,9 @@ def _compare(target: Target, tally: Tally, operation: Operation, credential: Cre
 
 
 def _is_let_in(credential: Credential, operation: Operation) -> bool:
-    return credential.admits and (credential.is_admin or not operation.path.startswith(ADMINS))
+    """`is_admin` are API keys of all scopes, which alone are an app's, too."""
+    is_apps = operation.path.startswith(APPS) and operation.method != "GET"
+    return credential.admits and (credential.is_admin or not (is_apps or operation.path.startswith(ADMINS)))
 
 
 def _look_around(target: Target, tally: Tally, operation: Operation, credential: Credential) -> None:
