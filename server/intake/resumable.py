@@ -379,6 +379,16 @@ class ResumableUploads:
         finally:
             self._renewing = None
 
+    async def still_holds(self, hold: "Hold") -> bool:
+        """Whether nobody else has, or may soon have, the upload. A lease that ran out while this process or the database stood still is
+        taken up again if nobody has come in between."""
+        if hold.is_over and not hold.let_go.is_set():
+            began = time.monotonic()
+            with suppress(CofferError):
+                if await ledger.renew_resumable_uploads(self._db, [hold.key], LEASE_SECONDS):
+                    hold.renewed(began)
+        return not hold.is_over
+
     async def remove(self, names: Sequence[tuple[UUID, UUID]]) -> None:
         """Removes bytes whose row is gone, by volume and name. What cannot be removed now is left to housekeeping."""
         for volume_id, name in names:
@@ -539,7 +549,7 @@ class Writer(Upload):
 
     async def write(self, chunk: bytes | memoryview) -> None:
         """As `Upload.write`; the type is judged as soon as the first bytes are there. Raises `UploadLocked` once the lease was lost."""
-        if self._hold.is_over:
+        if not await self._uploads.still_holds(self._hold):
             raise UploadLocked
         await super().write(chunk)
         if not self._is_judged and not self.upload.is_partial and len(self._head) >= HEAD_BYTES:
@@ -629,7 +639,7 @@ class Writer(Upload):
             await self._settle_thread()
             problem: CofferError | None = None
             if not self._resumed.is_closed:
-                problem = UploadLocked() if self._hold.is_over else await self._keep_what_counts()
+                problem = await self._keep_what_counts() if await self._uploads.still_holds(self._hold) else UploadLocked()
             self._is_closed = True
             is_known = self._resumed.size_bytes == self._safe_bytes
             # Before anybody is told that the upload is free: who finds the file locked makes a copy of it.

@@ -264,6 +264,26 @@ def test_a_server_that_stands_still_never_writes_again(start_server: ServerFacto
     assert server.stored_files() == {hashlib.sha256(BODY).hexdigest()}
 
 
+def test_a_server_that_stood_still_for_longer_than_its_lease_goes_on(start_server: ServerFactory) -> None:
+    """Nobody else has asked for the upload in the meantime, so that its client need not know."""
+    server = start_server()
+    with server.client("ada", timeout=30) as client:
+        path = created(client)
+        sending = HalfSent(server, "ada", path, 0, BODY[:HALF])
+        arrived(server, path, MOST)
+        os.kill(server.pid, signal.SIGSTOP)
+        try:
+            sending.send(BODY[HALF : HALF + 400_000])  # it waits in the kernel
+            until(lambda: execute(server.database_url, "select from resumable_uploads where held_until < clock_timestamp()"))
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
+        sending.send(BODY[HALF + 400_000 :])
+        assert sending.answered() == b"204"
+        sending.end()
+        assert usage(client) == (len(BODY), 0)
+    assert server.stored_files() == {hashlib.sha256(BODY).hexdigest()}
+
+
 @pytest.mark.parametrize("how", ["close", "reset", "in mid-chunk"])
 def test_a_client_that_goes_away_finds_its_bytes(
     pair: tuple[RunningServer, RunningServer], here: httpx.Client, user_id: str, how: str
