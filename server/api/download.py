@@ -42,10 +42,10 @@ async def download(services: Services, file_id: UUID, scope: MutableMapping[str,
 
 def sends_unread(settings: Settings, scope: MutableMapping[str, Any]) -> bool:
     """Whether no byte of a file has to be read here: the server under us sends files by itself, or nginx in front does."""
-    return EXTENSION in scope.get("extensions", ()) or _nginx_sends(settings, scope)
+    return EXTENSION in scope.get("extensions", ()) or nginx_sends(settings, scope)
 
 
-def _nginx_sends(settings: Settings, scope: MutableMapping[str, Any]) -> bool:
+def nginx_sends(settings: Settings, scope: MutableMapping[str, Any]) -> bool:
     """Whether the bytes may be left to nginx. Where they lie is told to nobody but a trusted proxy.
 
     nginx takes care of `Range` and `If-Range` by itself: what lies under a path never changes. But it would judge these two once more, by
@@ -58,6 +58,13 @@ def _nginx_sends(settings: Settings, scope: MutableMapping[str, Any]) -> bool:
     )
 
 
+def by_nginx(settings: Settings, body: Body, headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """The headers by which nginx is told to send the body."""
+    path = f"{settings.accel_redirect_prefix}/{body.volume_id}/{quote(body.path)}"
+    kept = [each for each in headers if each[0] not in _LEFT_TO_NGINX]
+    return [*kept, (b"content-length", b"0"), (b"x-accel-redirect", path.encode("ascii"))]
+
+
 async def send_answer(services: Services, answer: Answer, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
     """Sends an answer, which was opened as `sends_unread` says, and closes it. Raises as `download` when the bytes run out."""
     try:
@@ -66,10 +73,8 @@ async def send_answer(services: Services, answer: Answer, scope: MutableMapping[
         if answer.body is None:
             await send(start)
             await send({"type": "http.response.body", "body": b""})
-        elif _nginx_sends(services.settings, scope):
-            path = f"{services.settings.accel_redirect_prefix}/{answer.body.volume_id}/{quote(answer.body.path)}"
-            kept = [each for each in headers if each[0] not in _LEFT_TO_NGINX]
-            start["status"], start["headers"] = 200, [*kept, (b"content-length", b"0"), (b"x-accel-redirect", path.encode("ascii"))]
+        elif nginx_sends(services.settings, scope):
+            start["status"], start["headers"] = 200, by_nginx(services.settings, answer.body, headers)
             await send(start)
             await send({"type": "http.response.body", "body": b""})
         elif EXTENSION in scope.get("extensions", ()):

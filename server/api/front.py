@@ -7,24 +7,22 @@ would be most of the cost.
 
 import asyncio
 import logging
-import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from contextlib import AbstractAsyncContextManager
-from datetime import UTC, datetime
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import quote
 from uuid import UUID
 
-from uuid_utils import uuid7
-
 from server import logs
+from server.api.accounting import account, request_id_of
 from server.api.cors import Cors, Headers
 from server.api.download import download
 from server.api.events import follow
 from server.api.export import export
+from server.api.express import EXPRESS, REFUSED, REST, Express, Rest
 from server.api.limits import rate_headers
-from server.api.linked import download_by_link, download_public
+from server.api.linked import LINK_ROUTE, PUBLIC_ROUTE, download_by_link, download_public
 from server.api.pace import PATIENCE, PacedBody
 from server.api.problems import HttpRefusal, Problem
 from server.api.proxies import Proxies
@@ -47,8 +45,6 @@ ANSWER_HEADERS = "answer_headers"
 
 _FILES = "/api/files/"
 _USERS = "/api/users/"
-_USABLE_REQUEST_ID = re.compile(rb"(?!cof_)[A-Za-z0-9._-]{1,64}")  # an API key in the wrong header must not be told to everybody
-_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 log = logging.getLogger("coffer.api")
 
@@ -97,6 +93,7 @@ class Front:
         await receive()
         scope["state"][PATIENCE] = self._services.settings
         scope["state"][STREAMS] = self._services.streams
+        scope["state"][EXPRESS] = Express(self._services, self._proxies, self._answer_headers)
         scope["state"][SENDFILE] = self._services.settings.sendfile
         try:
             async with self._running():
@@ -120,30 +117,21 @@ class Front:
             await self._answer(exchange)
         finally:
             body.close()
-            route, status = exchange.route or scope.get("path_template"), exchange.final_status
-            seconds = time.perf_counter() - exchange.began
-            method = scope["method"] if scope["method"] in _METHODS else "OTHER"
-            metrics.finished(route or "unmatched", method, status, seconds, bytes_in=exchange.bytes_in, bytes_out=exchange.bytes_out)
             principal = scope["state"].get("principal")
-            client = scope.get("client")
-            logs.access(
-                logs.AccessLine(
-                    time=datetime.now(UTC),
-                    level="info",
-                    logger="coffer.access",
-                    message="request",
-                    request_id=exchange.request_id,
-                    method=method,
-                    route=route or "unmatched",
-                    path=scope["path"] if route and not exchange.path_is_secret else None,
-                    status=status,
-                    duration_ms=round(seconds * 1000, 2),
-                    bytes_in=exchange.bytes_in,
-                    bytes_out=exchange.bytes_out,
-                    principal=principal.credentials if principal else None,
-                    user_id=principal.user_id if principal else None,
-                    client=client[0] if client else None,
-                )
+            route = exchange.route or scope.get("path_template")
+            account(
+                metrics,
+                began=exchange.began,
+                request_id=exchange.request_id,
+                method=scope["method"],
+                route=route,
+                path=scope["path"] if route and not exchange.path_is_secret else None,
+                status=exchange.final_status,
+                bytes_in=exchange.bytes_in,
+                bytes_out=exchange.bytes_out,
+                client=scope.get("client"),
+                principal=principal.credentials if principal else None,
+                user_id=principal.user_id if principal else None,
             )
 
     def _answer_headers(self, scope: ASGIScope) -> Headers:
@@ -170,6 +158,9 @@ class Front:
 
     async def _route(self, exchange: "_Exchange") -> None:
         scope = exchange.scope
+        if exchange.rest is not None:
+            await exchange.send_rest()
+            return
         path: str = scope["path"]
         if scope["method"] == "OPTIONS" and (permitted := self._cors.preflight(scope)) is not None:
             exchange.route, exchange.path_is_secret = "preflight", True  # it may be that of an upload link
@@ -221,6 +212,8 @@ class Front:
         if scope["method"] not in route.methods:
             await _refuse_method(exchange, route)
             return
+        if (refusal := scope["state"].get(REFUSED)) is not None:
+            raise refusal
         self._services.limits.count_link(scope)
         raw: bytes = scope.get("raw_path") or quote(scope["path"]).encode("ascii")
         await route.handler(self._services, raw[3:].decode("latin-1"), scope, exchange.receive, exchange.send)
@@ -281,8 +274,8 @@ _EXPORT = _ByteRoute("/api/users/{user_id}/export", ("GET",), export)
 
 # By the first three characters of the path. What follows them is the link, as it was sent.
 _LINK_ROUTES = {
-    "/f/": _ByteRoute("/f/{token}/{name}", ("GET", "HEAD"), download_by_link),
-    "/p/": _ByteRoute("/p/{public_id}", ("GET", "HEAD"), download_public),
+    "/f/": _ByteRoute(LINK_ROUTE, ("GET", "HEAD"), download_by_link),
+    "/p/": _ByteRoute(PUBLIC_ROUTE, ("GET", "HEAD"), download_public),
     "/u/": _ByteRoute("/u/{token}", ("PUT",), upload_by_link),
 }
 
@@ -301,6 +294,7 @@ class _Exchange:
         "complete",
         "path_is_secret",
         "request_id",
+        "rest",
         "route",
         "scope",
         "status",
@@ -320,8 +314,14 @@ class _Exchange:
         self._added = added
         self._raw_receive = receive
         self._raw_send = send
-        self.request_id = _request_id(scope)
-        scope.setdefault("state", {})["request_id"] = self.request_id
+        self.request_id = request_id_of(scope["headers"])
+        state = scope.setdefault("state", {})
+        self.rest: Rest | None = state.pop(REST, None)  # it holds a file open, and the scope lasts until the connection's next request
+        if self.rest is not None:
+            reply = self.rest.reply
+            self.began, self.request_id, self.route, self.path_is_secret = reply.began, reply.request_id, reply.route, True
+            self.status, self.bytes_out = 200, self.rest.sent_bytes
+        state["request_id"] = self.request_id
 
     @property
     def final_status(self) -> int:
@@ -365,10 +365,9 @@ class _Exchange:
         self.bytes_out += message["count"]
         self.complete = True
 
-
-def _request_id(scope: ASGIScope) -> str:
-    for name, value in scope["headers"]:
-        if name == b"x-request-id" and _USABLE_REQUEST_ID.fullmatch(value):
-            usable: str = value.decode("ascii")
-            return usable
-    return str(uuid7())
+    async def send_rest(self) -> None:
+        """Sends what is left of an answer that has begun."""
+        rest, self.rest = self.rest, None
+        if rest is not None:
+            count = rest.reply.size_bytes - rest.sent_bytes
+            await self.send({"type": EXTENSION, "file": rest.reply.file, "offset": rest.sent_bytes, "count": count})

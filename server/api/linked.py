@@ -16,7 +16,9 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-_CONDITIONS = frozenset({b"range", b"if-range", b"if-match", b"if-none-match", b"if-modified-since", b"if-unmodified-since"})
+LINK_ROUTE, PUBLIC_ROUTE = "/f/{token}/{name}", "/p/{public_id}"
+
+CONDITIONS = frozenset({b"range", b"if-range", b"if-match", b"if-none-match", b"if-modified-since", b"if-unmodified-since"})
 _PUBLIC_ID = re.compile(r"[A-Za-z0-9_-]{22}")
 
 
@@ -31,18 +33,20 @@ async def download_by_link(services: Services, rest: str, scope: MutableMapping[
         raise LinkInvalid
     unread = sends_unread(services.settings, scope)
     keeps = unread and _may_be_kept(services, scope)
-    if keeps and (answer := services.recent_links.find(rest, partial(link_cache_control, services.settings.link_cache))) is not None:
-        await send_answer(services, answer, scope, receive, send)
+    path = f"/f/{rest}"
+    if keeps and (recent := services.recent_links.find(path)) is not None:
+        await send_answer(services, recent.answer(), scope, receive, send)
         return
     asked_at = services.recent_links.now()
     link = services.links.verify_download(token, segment)
     act_in(scope, "download_link", str(link.id))
-    cache = link_cache_control(services.settings.link_cache, link.expires_at)
-    answer = await services.delivery.open_linked(link, scope["method"], joined_headers(scope), cache, unread=unread)
-    if keeps and link.preview is None:
-        services.recent_links.keep(rest, link.expires_at, asked_at, answer)
-    elif keeps and all(name != "vary" for name, _ in answer.headers) and (original := services.delivery.original(link)) is not None:
-        services.recent_links.keep(rest, link.expires_at, asked_at, answer, original)  # what revokes it is its original's name
+    cache = partial(link_cache_control, services.settings.link_cache, link.expires_at)
+    answer = await services.delivery.open_linked(link, scope["method"], joined_headers(scope), cache(), unread=unread)
+    if keeps and all(name != "vary" for name, _ in answer.headers):
+        # What revokes a preview's link is its original's name.
+        original = None if link.preview is None else services.delivery.original(link)
+        if link.preview is None or original is not None:
+            services.recent_links.keep(path, answer, asked_at=asked_at, expires_at=link.expires_at, cache_control=cache, original=original)
     await send_answer(services, answer, scope, receive, send)
 
 
@@ -54,17 +58,17 @@ async def download_public(services: Services, rest: str, scope: MutableMapping[s
     unread = sends_unread(services.settings, scope)
     keeps = unread and _may_be_kept(services, scope)
     cache = f"public, max-age={services.settings.public_max_age_seconds}, no-transform"
-    # Its id stands for it: no link reads like that, for it would have a slash.
-    if keeps and (answer := services.recent_links.find(rest, lambda _: cache)) is not None:
-        await send_answer(services, answer, scope, receive, send)
+    path = f"/p/{rest}"
+    if keeps and (recent := services.recent_links.find(path)) is not None:
+        await send_answer(services, recent.answer(), scope, receive, send)
         return
     asked_at = services.recent_links.now()
     answer = await services.delivery.open_public(rest, scope["method"], joined_headers(scope), cache, unread=unread)
     if keeps:
-        services.recent_links.keep(rest, NEVER, asked_at, answer)
+        services.recent_links.keep(path, answer, asked_at=asked_at, expires_at=NEVER, cache_control=lambda: cache)
     await send_answer(services, answer, scope, receive, send)
 
 
 def _may_be_kept(services: Services, scope: MutableMapping[str, Any]) -> bool:
     """Whether this may be answered as a moment ago: it is a GET of a whole file. Reads that are to be recorded all go the long way."""
-    return scope["method"] == "GET" and not services.settings.audit_reads and _CONDITIONS.isdisjoint(each[0] for each in scope["headers"])
+    return scope["method"] == "GET" and not services.settings.audit_reads and CONDITIONS.isdisjoint(each[0] for each in scope["headers"])

@@ -12,7 +12,7 @@ import termios
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from server.api.sendfile import SendfileProtocol
+from server.api.express import ExpressProtocol
 from server.api.streams import STREAMS
 from server.errors import TooSlow
 from server.settings import Settings
@@ -114,7 +114,7 @@ class PacedBody:
             self._task.cancel()
 
 
-class PatientProtocol(SendfileProtocol):
+class PatientProtocol(ExpressProtocol):
     """Hangs up on whoever does not finish a request's head, dribbles the rest of a body that was refused, or takes none of its answer.
 
     One timer per connection looks at it a few times per grace; a request costs a reading of the clock.
@@ -133,7 +133,6 @@ class PatientProtocol(SendfileProtocol):
         self._unread_bytes = 0
         self._unread_since = 0.0
         self._watch: asyncio.TimerHandle | None = None
-        self._is_stopping = False
         self._farewell: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it

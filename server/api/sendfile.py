@@ -57,6 +57,11 @@ class FileCycle(UploadCycle):
         else:
             await super().send(message)
 
+    def go_on(self, head: bytes) -> None:
+        """Takes over an answer that has begun: `head` is what is left of its head, and a file is what follows."""
+        self._head = head
+        self.start_answer()
+
     async def _send_file(self, file: Any, offset: int, count: int) -> None:
         if self._head is None or self.response_complete:
             raise RuntimeError("a file is sent after a head that waits for it, once")
@@ -114,6 +119,20 @@ class SendfileProtocol(UploadProtocol):
         """How many bytes wait here for the client."""
         return self.transport.get_write_buffer_size() + self._unsent_bytes
 
+    def send_now(self, head: bytes, fd: int, count: int) -> tuple[bytes, int]:
+        """Sends as much of a head and of a file from its start as the kernel takes at once.
+
+        Returns the rest of the head, and how many bytes of the file went.
+
+        For a connection with nothing else to send. What goes wrong is met again, and told, by whoever sends the rest.
+        """
+        mine = self._own_socket()
+        try:
+            head = head[mine.send(head, socket.MSG_MORE) :]
+            return head, 0 if head else os.sendfile(mine.fileno(), fd, 0, count)
+        except OSError:
+            return head, 0
+
     async def send_file(self, head: bytes, fd: int, offset: int, count: int) -> None:
         """Sends the head of an answer and `count` bytes of a file, at least one. Raises `ClientGone`, and `Damaged` when there are fewer.
 
@@ -132,7 +151,7 @@ class SendfileProtocol(UploadProtocol):
             while at < end:
                 turn_bytes = min(end - at, TURN_BYTES)
                 if resident_to < at + turn_bytes:
-                    if not _is_resident(fd, at, turn_bytes):
+                    if not is_resident(fd, at, turn_bytes):
                         # A disk's time would be everybody's.
                         await self.loop.run_in_executor(None, _read_ahead, fd, at, turn_bytes)
                     resident_to = at + turn_bytes
@@ -188,7 +207,7 @@ class SendfileProtocol(UploadProtocol):
             self._writable.set_result(None)
 
 
-def _is_resident(fd: int, offset: int, count: int) -> bool:
+def is_resident(fd: int, offset: int, count: int) -> bool:
     """Whether these bytes of a file are, as far as a few probes tell, in the page cache, so that sending them waits for no disk.
 
     A hole between two probes costs everybody the time of one read.

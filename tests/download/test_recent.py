@@ -34,15 +34,17 @@ class Kept:
         self.recent = RecentLinks(lambda: self.now)
         path.write_bytes(b"bytes")
 
-    def keep(self, text: str = "link", *, expires_at: int = LATER, status: int = 200, original: Path | None = None) -> None:
+    def keep(self, path: str = "/f/link", *, expires_at: int = LATER, status: int = 200, original: Path | None = None) -> None:
         file = Handle(os.open(self.path, os.O_RDONLY))
         headers = [("etag", '"x"'), ("cache-control", "old"), ("content-length", "5")]
         body = Body(file, 0, 5, b"", UUID(int=7), "path")
         hangs_on = Handle(os.open(original, os.O_RDONLY)) if original else None
-        self.recent.keep(text, expires_at, self.now, Answer(status, headers, body), hangs_on)
+        answer = Answer(status, headers, body)
+        self.recent.keep(path, answer, asked_at=self.now, expires_at=expires_at, cache_control=lambda: f"at {self.now}", original=hangs_on)
 
-    def find(self, text: str = "link") -> Answer | None:
-        return self.recent.find(text, lambda expires_at: f"until {expires_at}")
+    def find(self, path: str = "/f/link") -> Answer | None:
+        found = self.recent.find(path)
+        return None if found is None else found.answer()
 
     def open_files(self) -> int:
         return open_below(self.path.parent).count(str(self.path))
@@ -58,10 +60,10 @@ async def test_the_same_answer_again(kept: Kept) -> None:
     answer = kept.find()
     assert answer is not None and answer.body is not None
     assert (answer.status, answer.body.offset, answer.body.length) == (200, 0, 5)
-    assert answer.headers == [("etag", '"x"'), ("cache-control", f"until {LATER}"), ("content-length", "5")]
+    assert answer.headers == [("etag", '"x"'), ("cache-control", "at 100.0"), ("content-length", "5")]
     answer.body.close()
     assert kept.find() is not None, "one answer's end is not the other's"
-    assert kept.find("Link") is None
+    assert kept.find("/f/Link") is None
 
 
 async def test_it_ends_a_second_after_the_row_was_asked(kept: Kept) -> None:
@@ -116,7 +118,7 @@ async def test_a_preview_ends_with_its_original(kept: Kept) -> None:
 async def test_only_whole_files_are_remembered(kept: Kept, status: int) -> None:
     kept.keep(status=status)
     assert kept.find() is None and kept.open_files() == 0
-    kept.recent.keep("link", LATER, kept.now, Answer(200, [], None))
+    kept.recent.keep("/f/link", Answer(200, [], None), asked_at=kept.now, expires_at=LATER, cache_control=str)
     assert kept.find() is None
 
 

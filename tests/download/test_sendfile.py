@@ -286,7 +286,16 @@ def serving_here(settings: Settings, **server_settings: Any) -> Iterator[Here]:
         await front(scope, receive, send)
 
     config = uvicorn.Config(
-        watched, port=0, loop="uvloop", http=PatientProtocol, ws="none", lifespan="on", log_config=None, access_log=False, **server_settings
+        watched,
+        port=0,
+        loop="uvloop",
+        http=PatientProtocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        **server_settings,
     )
     server = uvicorn.Server(config)
     running = threading.Thread(target=server.run)
