@@ -1,4 +1,4 @@
-"""Waiting for a condition instead of for a time."""
+"""Waiting for a condition instead of for a time, and being in time for what ends."""
 
 import time
 from collections.abc import Callable
@@ -14,3 +14,11 @@ def until(predicate: Callable[[], T], timeout_seconds: float = 60) -> T:
         assert time.monotonic() < deadline, f"not within {timeout_seconds} s: {predicate}"
         time.sleep(0.02)
     return value
+
+
+def before_its_end(make: Callable[[int], T | None]) -> T:
+    """What `make` gives for a lifetime in seconds. None: it came too late to use it, for machines stand still, and gets a longer one."""
+    for seconds in (1, 3, 9, 27):
+        if (made := make(seconds)) is not None:
+            return made
+    raise AssertionError(f"never in time: {make}")

@@ -19,7 +19,7 @@ from server.ledger import Database, listing
 from server.settings import Settings
 from tests.samples import image, video
 from tests.serving import RunningServer, SharedServer, execute
-from tests.waiting import until
+from tests.waiting import before_its_end, until
 
 MISSING = "01900000-0000-7000-8000-000000000000"
 EVERY_RIGHT_OF_USERS = [Scope.FILES_READ.value, Scope.FILES_WRITE.value, Scope.LINKS_WRITE.value]
@@ -331,9 +331,14 @@ def test_the_database_holds_no_key_with_senseless_restrictions(database_url: str
 
 
 def test_a_key_ends_when_it_was_made_to(server: RunningServer) -> None:
-    with client(server, "ada", lifetime=timedelta(seconds=1)) as brief, client(server, "ada", lifetime=timedelta(days=1)) as long:
-        assert brief.get("/api/files").status_code == 200
-        until(lambda: brief.get("/api/files").status_code == 401, timeout_seconds=5)
+    def used(seconds: int) -> str | None:
+        key = new_key(server.database_url, lifetime=timedelta(seconds=seconds)).text
+        with server.client("ada", api_key=key) as brief:
+            return key if brief.get("/api/files").status_code == 200 else None
+
+    key = before_its_end(used)
+    with server.client("ada", api_key=key) as brief, client(server, "ada", lifetime=timedelta(days=1)) as long:
+        until(lambda: brief.get("/api/files").status_code == 401, timeout_seconds=20)
         assert long.get("/api/files").status_code == 200
 
 

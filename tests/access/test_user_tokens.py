@@ -18,7 +18,7 @@ from tests.access.forged_tokens import EC, ED, OFFLINE, RSA, Issuers, entry, ref
 from tests.access.issuers import Issuer, SigningKey, listener
 from tests.samples import image
 from tests.serving import DEFAULTS, RunningServer, ServerFactory, SharedServer, execute
-from tests.waiting import until
+from tests.waiting import before_its_end, until
 
 NEVER = "3600"  # seconds: no second fetch within a test
 
@@ -201,9 +201,12 @@ def test_the_body_is_not_read_for_a_bad_token(tokens: Tokens) -> None:
 
 
 def test_a_token_that_was_believed_ends_with_its_time(tokens: Tokens) -> None:
-    token = tokens.clerk.token(exp=time.time() + 1)
-    assert tokens.get(token).status_code == 200
-    until(lambda: tokens.get(token).status_code == 401, timeout_seconds=5)
+    def believed(seconds: int) -> str | None:
+        token = tokens.clerk.token(exp=time.time() + seconds)
+        return token if tokens.get(token).status_code == 200 else None
+
+    token = before_its_end(believed)
+    until(lambda: tokens.get(token).status_code == 401, timeout_seconds=20)
 
 
 def test_the_log_tells_why_and_shows_no_token(tokens: Tokens) -> None:

@@ -31,12 +31,12 @@ def test_ready_tells_of_each_check(server: RunningServer) -> None:
         sentinel = server.volume / ".coffer-volume"
         kept = sentinel.read_bytes()
         sentinel.unlink()
-        until(lambda: client.get("/health/ready").status_code == 503, timeout_seconds=3)
+        until(lambda: client.get("/health/ready").status_code == 503, timeout_seconds=20)
         (volume,) = client.get("/health/ready").json()["volumes"]
         assert (volume["ok"], volume["state"], volume["free_bytes"]) == (False, "unavailable", None)
         assert client.get("/health/live").json() == {"status": "alive"}
         sentinel.write_bytes(kept)
-        until(lambda: client.get("/health/ready").status_code == 200, timeout_seconds=3)
+        until(lambda: client.get("/health/ready").status_code == 200, timeout_seconds=20)
 
         execute(server.database_url, "delete from schema_migrations where name = (select max(name) from schema_migrations)")
         answer = client.get("/health/ready")

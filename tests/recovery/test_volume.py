@@ -39,7 +39,7 @@ def test_an_unmounted_volume_takes_no_byte_and_says_so(start_server: ServerFacto
     with server.client("ada") as client:
         kept = client.post("/api/files/upload", content=image()).json()["id"]
         subprocess.run(["umount", "-l", small_mount], check=True)
-        until(lambda: code(client.post("/api/files/upload", content=image())) == (503, "volume_unavailable"), timeout_seconds=2)
+        until(lambda: code(client.post("/api/files/upload", content=image())) == (503, "volume_unavailable"), timeout_seconds=20)
         assert code(client.post("/api/files/upload", content=image(3 * MIB))) == (503, "volume_unavailable")
         assert code(client.get(f"/api/files/{kept}/download")) == (503, "volume_unavailable")
         assert client.get("/health/ready").status_code == 503 and client.get("/health/live").status_code == 200
@@ -58,7 +58,7 @@ def test_a_volume_absent_at_start_is_waited_for(server: RunningServer) -> None:
         assert list(server.volume.iterdir()) == []
         server.volume.rmdir()
         away.rename(server.volume)
-        until(lambda: client.get("/health/ready").status_code == 200, timeout_seconds=3)
+        until(lambda: client.get("/health/ready").status_code == 200, timeout_seconds=20)
         assert client.get(f"/api/files/{kept}/download").content == image()
         assert client.post("/api/files/upload", content=image()).status_code == 201
 
@@ -72,7 +72,7 @@ def test_a_read_only_volume_is_still_read(start_server: ServerFactory, small_mou
         assert statuses == {(503, "volume_read_only")}
         assert client.get(f"/api/files/{kept}/download").content == image()
         subprocess.run(["mount", "-o", "remount,rw", small_mount], check=True)
-        until(lambda: client.post("/api/files/upload", content=image()).status_code == 201, timeout_seconds=3)
+        until(lambda: client.post("/api/files/upload", content=image()).status_code == 201, timeout_seconds=20)
 
 
 def test_a_full_volume_refuses_before_the_body_and_deletes_still_work(start_server: ServerFactory, small_mount: Path) -> None:
@@ -98,4 +98,4 @@ def test_a_full_volume_refuses_before_the_body_and_deletes_still_work(start_serv
         assert (usage["used_bytes"], usage["reserved_bytes"]) == (5 * MIB * len(ids), 0)
         assert client.delete(f"/api/files/{ids[0]}").status_code == 204
         assert client.delete(f"/api/files/{ids[1]}").status_code == 204
-        until(lambda: client.post("/api/files/upload", content=image(5 * MIB, 999)).status_code == 201, timeout_seconds=3)
+        until(lambda: client.post("/api/files/upload", content=image(5 * MIB, 999)).status_code == 201, timeout_seconds=20)

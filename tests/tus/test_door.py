@@ -25,7 +25,7 @@ from tests.samples import image, video
 from tests.serving import RunningServer, ServerFactory, execute
 from tests.tus.conftest import APP, MOST_UPLOADS
 from tests.tus.speaking import ENDPOINT, PIECE, VERSION, create, delete, head, metadata, offset, patch, post, raw, upload_id
-from tests.waiting import until
+from tests.waiting import before_its_end, until
 
 MISSING = f"{ENDPOINT}01900000-0000-7000-8000-000000000000"
 BODY = image(300_000)
@@ -666,11 +666,16 @@ def test_a_link_whose_first_answer_was_lost(tus: RunningServer, user: httpx.Clie
 
 
 def test_a_link_that_ends_while_its_upload_is_under_way(tus: RunningServer, user: httpx.Client) -> None:
-    link, unused = (upload_link(user, ttl_seconds=3) for _ in range(2))
-    with linked(tus, link) as browser, linked(tus, unused) as late:
-        path = create(browser, len(BODY), content=BODY[:1_000])
+    def begun(seconds: int) -> tuple[dict[str, Any], str] | None:
+        link = upload_link(user, ttl_seconds=seconds)
+        with linked(tus, link) as browser:
+            answer = post(browser, len(BODY), content=BODY[:1_000])
+        return (link, httpx.URL(answer.headers["location"]).path) if answer.status_code == 201 else None
+
+    link, path = before_its_end(begun)
+    with linked(tus, link) as browser, linked(tus, upload_link(user, ttl_seconds=1)) as late:
         until(lambda: code(post(late)) == (403, "link_expired"))  # until then it lacks a length
-        assert code(post(browser, 5)) == (403, "link_expired")
+        until(lambda: code(post(browser, 5)) == (403, "link_expired"))
         assert offset(browser, path) == 1_000
         assert patch(browser, path, 1_000, BODY[1_000:]).headers["coffer-file-id"] == link["file_id"]
 
