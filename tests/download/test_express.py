@@ -110,7 +110,7 @@ def test_it_is_told_alike(stage: Stage) -> None:
             del stage.told[:]
             before = stage.passed_on
             for _ in range(2):
-                stage.ask(name, "X-Request-Id: mine", *headers)
+                assert ("x-accel-redirect" in stage.ask(name, "X-Request-Id: mine", *headers).headers) == bool(headers)
             assert stage.passed_on == before + (0 if headers else 1)
             until(lambda: len(stage.told) == 2)
             facts = [{key: value for key, value in each.items() if key != "began"} for each in stage.told]
@@ -160,6 +160,15 @@ def test_answers_come_in_the_order_of_their_requests(stage: Stage) -> None:
             assert reply(stream).status == 200
     sizes = [each["bytes_out"] for each in stage.told if each["route"] != "/health/live"]
     assert sizes[len(stage.paths) :] == [len(LARGE) if name == "large" else len(SMALL) for name in names]
+
+
+def test_one_connection_may_ask_often(stage: Stage) -> None:
+    """Its heads are many times longer together than one may be."""
+    with closing(stage.connect()) as client, client.makefile("rb") as stream:
+        for _ in range(40):
+            client.sendall(request(stage.server, stage.paths["small"], f"X-Pad: {'x' * 4_000}"))
+            assert reply(stream).body == SMALL
+    assert stage.passed_on == 1
 
 
 def test_a_file_waits_for_the_answers_before_it(stage: Stage) -> None:
