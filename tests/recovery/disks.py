@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.waiting import until
+
 MIB = 2**20
 _EXT4_IOC_SHUTDOWN, _NO_FLUSH = 0x8004587D, 2  # linux/ext4.h
 _MNT_DETACH = 2
@@ -35,8 +37,8 @@ class SmallDisk:
         subprocess.run(["umount", "-l", self.mount], check=False, capture_output=True)
 
     def make_read_only(self) -> None:
-        """As the kernel does after some errors."""
-        subprocess.run(["mount", "-o", "remount,ro", self.mount], check=True)
+        """As the kernel does after some errors; unlike the kernel at a moment when no file is open to be written."""
+        until(lambda: subprocess.run(["mount", "-o", "remount,ro", self.mount], check=False, capture_output=True).returncode == 0)
 
     def make_writable(self) -> None:
         subprocess.run(["mount", "-o", "remount,rw", self.mount], check=True)
