@@ -62,9 +62,9 @@ class Express:
         self._defaults: tuple[object, bytes] = (None, b"")
 
     def reply(self, url: bytes, scope: Scope, default_headers: list[tuple[bytes, bytes]]) -> Reply | None:
-        """The answer to a GET of this target, if it is such a one; then the request is counted against its limit.
+        """The answer to a GET of this target, if it is such a one. The request is then counted against its limit.
 
-        None leaves it to the ordinary way; what the `scope` says of the client is settled then all the same.
+        None leaves it to the ordinary way, where nothing is counted twice. Either way the `scope` may have been settled (`Proxies`).
         """
         route = _ROUTES.get(url[:3])
         if route is None:
@@ -136,8 +136,10 @@ def _lines(headers: list[tuple[bytes, bytes]]) -> bytes:
 
 
 class ExpressProtocol(SendfileProtocol):
-    """Answers at once what it can, when no other answer of the connection is under way. The rest of an answer that its client does not take
-    at once is sent by the application, to which it is a request whose answer has begun (`REST`)."""
+    """Answers at once what it can, when no other answer of the connection is under way.
+
+    What its client does not take at once is sent by the application, to which it is a request whose answer has begun (`REST`).
+    """
 
     _is_stopping = False
     _is_answered_at_once = False
