@@ -166,7 +166,7 @@ def turns_read_only(stage: Stage) -> str:
                     subprocess.run(["umount", server.volume], check=True)
                     subprocess.run(["e2fsck", "-p", server.volume.with_name("disk.img")], check=False, capture_output=True)
                     mount_again(server.volume)
-                    server.start()
+                    server.start(wait_ready=False)  # nor is it before the volume is open again
                     _reopen(server)
                 written = load.count
                 load.wait_for(lambda load=load, written=written: load.count >= written + 50)  # type: ignore[misc]
