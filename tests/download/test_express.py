@@ -15,7 +15,7 @@ from server.api import accounting, express, sendfile
 from tests.download.test_sendfile import Here, Reply, reply, request, serving_here, settings_of
 from tests.linking import link, stored
 from tests.samples import image
-from tests.serving import RunningServer, ServerFactory
+from tests.serving import RunningServer, ServerFactory, SharedServer
 from tests.waiting import until
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -49,6 +49,13 @@ class Stage(NamedTuple):
         with closing(self.connect()) as client, client.makefile("rb") as stream:
             client.sendall(request(self.server, self.paths[name], *headers))
             return reply(stream)
+
+
+@pytest.fixture(scope="module")
+def server(shared_server: SharedServer) -> Iterator[RunningServer]:
+    """One for all tests: what they look at is in this process."""
+    with shared_server() as server:
+        yield server
 
 
 @pytest.fixture
