@@ -36,6 +36,7 @@ def attack(target: Target, tally: Tally) -> str:
     # Without thoroughness, tests/api/test_schema.py does as much beside this.
     generated = _generate(target, tally) if target.thorough else "no requests"
     parsed = _fuzz_parsers(target, tally)
+    target.wire.close()  # the server may have, meanwhile
     sent = _send_noise(target, tally)
     return f"{generated} by schemathesis, {sent:,} of noise, {parsed:,} texts for {len(_parsers())} parsers: 0 answered 500, 0 crashes"
 
@@ -76,11 +77,12 @@ def _generate(target: Target, tally: Tally) -> str:
         "--config-file",
         "schemathesis.toml",
         "run",
-        f"{target.server.url}/schema/openapi.json",
     ]
     options = ["--checks", ",".join(CHECKS), "--phases", "examples,coverage,fuzzing", "--max-examples", "30", "--seed", "2", "--no-shrink"]
     # One user may be erased in the course of it: whatever it finds there is part of the attack.
-    ran = subprocess.run([*command, *options], cwd=directory, check=False, capture_output=True, text=True, timeout=400)
+    with target.another_server(COFFER_PREVIEW_WAIT_SECONDS="0") as server:  # no worker runs that could be waited for
+        command.append(f"{server.url}/schema/openapi.json")
+        ran = subprocess.run([*command, *options], cwd=directory, check=False, capture_output=True, text=True, timeout=400)
     tally.check(ran.returncode == 0, f"schemathesis: {ran.stdout[-3_000:]} {ran.stderr[-1_000:]}")
     client.close()
     found = re.search(r"([0-9]+) generated", ran.stdout)
