@@ -13,11 +13,16 @@ from server import ledger, logs
 from server.actor import Actor, Kind, act_as
 from server.api.services import Services
 from server.auth import Principal, Scope
-from server.errors import InvalidRequest, NotFound, Unauthenticated
+from server.errors import CofferError, InvalidRequest, NotFound, RateLimited, Unauthenticated
 
 _MOST_ADDRESSES_REMEMBERED = 4_096  # parsing one takes longer than the rest of naming the actor
 
 AnyConnection = ASGIConnection[Any, Any, Any, Any]
+
+
+REFUSED = "refused"
+"""Under this name a request's state holds the problem, if it was counted where it was read (`express.py`) and there have been too many."""
+_ADMITTED = "admitted"  # and under this one whom `admit_at_once` let in
 
 
 async def admit(services: Services, scope: MutableMapping[str, Any], needed: Scope) -> Principal:
@@ -25,19 +30,54 @@ async def admit(services: Services, scope: MutableMapping[str, Any], needed: Sco
 
     Raises what `Authenticator.principal` raises, and `RateLimited`. A repeated header is refused: two readers could pick different ones.
     """
-    services.limits.check_failures(scope)
-    try:
-        principal = await _principal(services, scope, needed)
-    except Unauthenticated:
-        services.limits.count_failure(scope)
-        raise
-    scope.setdefault("state", {})["principal"] = principal
+    state = scope.setdefault("state", {})
+    if REFUSED in state:
+        raise state[REFUSED]
+    principal: Principal | None = state.pop(_ADMITTED, None)
+    if principal is None:
+        services.limits.check_failures(scope)
+        try:
+            principal = await _principal(services, scope, needed)
+        except Unauthenticated:
+            services.limits.count_failure(scope)
+            raise
+        state["principal"] = principal
     act_in(scope, principal.credentials, principal.key_id or principal.user_id, principal.user_id)
     await services.authenticator.admit_user(principal)
     return principal
 
 
+def admit_at_once(services: Services, scope: MutableMapping[str, Any], needed: Scope) -> Principal | None:
+    """As `admit`, for credentials that are good for every kind of file, where nothing has to be asked for: otherwise None.
+
+    A request that goes the ordinary way after all comes to `admit`, once and for the same need, which counts and judges nothing twice.
+    """
+    try:
+        authorization, acting_user = _credentials(scope)
+    except CofferError:
+        return None
+    principal = services.authenticator.remembered(authorization, acting_user, needed)
+    if principal is None or principal.kinds is not None:
+        return None
+    try:
+        services.limits.check_failures(scope)
+        services.limits.count_request(scope, principal.key_id, principal.user_id)
+    except RateLimited as refusal:
+        scope["state"][REFUSED] = refusal
+        return None
+    scope["state"]["principal"] = scope["state"][_ADMITTED] = principal
+    return principal
+
+
 async def _principal(services: Services, scope: MutableMapping[str, Any], needed: Scope) -> Principal:
+    authorization, acting_user = _credentials(scope)
+    client = scope.get("client")
+    return await services.authenticator.principal(
+        authorization, acting_user, needed, client[0] if client else None, partial(services.limits.count_request, scope)
+    )
+
+
+def _credentials(scope: MutableMapping[str, Any]) -> tuple[str | None, str | None]:
     authorization: str | None = None
     acting_user: str | None = None
     for name, value in scope["headers"]:
@@ -50,10 +90,7 @@ async def _principal(services: Services, scope: MutableMapping[str, Any], needed
                 raise InvalidRequest("X-User-Id", "may be sent once only")
             # Bytes that are not UTF-8 become lone surrogates, which no user id may hold, and are refused after the credentials.
             acting_user = value.decode("utf-8", "surrogateescape")
-    client = scope.get("client")
-    return await services.authenticator.principal(
-        authorization, acting_user, needed, client[0] if client else None, partial(services.limits.count_request, scope)
-    )
+    return authorization, acting_user
 
 
 def act_in(scope: MutableMapping[str, Any], kind: Kind, actor_id: str | None, user_id: str | None = None) -> None:

@@ -15,11 +15,15 @@ from server.auth import Scope
 from server.delivery import Answer, Body, Delivery
 from server.delivery.headers import Disposition
 from server.errors import InvalidRequest
+from server.ledger import File
 from server.settings import Settings
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+
+DOWNLOAD_ROUTE = "/api/files/{file_id}/download"
+ROW = "row"  # under this name a request's state holds the file's row, if that was asked for where the request was read
 
 _JUDGED_BY_NGINX = frozenset({b"if-match", b"if-unmodified-since"})
 _LEFT_TO_NGINX = frozenset({b"content-length", b"content-range", b"accept-ranges"})
@@ -36,7 +40,9 @@ async def download(services: Services, file_id: UUID, scope: MutableMapping[str,
     await check_kinds(services, principal, file_id)
     disposition = _disposition(scope["query_string"])
     unread = sends_unread(services.settings, scope)
-    answer = await services.delivery.open(principal.owner, file_id, scope["method"], joined_headers(scope), disposition, unread=unread)
+    row: File | None = scope["state"].pop(ROW, None)
+    headers = joined_headers(scope)
+    answer = await services.delivery.open(principal.owner, file_id, scope["method"], headers, disposition, unread=unread, row=row)
     await send_answer(services, answer, scope, receive, send)
 
 

@@ -17,10 +17,11 @@ from uuid import UUID
 from server import logs
 from server.api.accounting import account, request_id_of
 from server.api.cors import Cors, Headers
-from server.api.download import download
+from server.api.door import REFUSED
+from server.api.download import DOWNLOAD_ROUTE, download
 from server.api.events import follow
 from server.api.export import export
-from server.api.express import EXPRESS, REFUSED, REST, Express, Rest
+from server.api.express import BEGAN, EXPRESS, REST, Express, Rest
 from server.api.limits import rate_headers
 from server.api.linked import LINK_ROUTE, PUBLIC_ROUTE, download_by_link, download_public
 from server.api.pace import PATIENCE, PacedBody
@@ -110,7 +111,8 @@ class Front:
         body = PacedBody(self._services.settings, receive, asyncio.get_running_loop().time)
         exchange = _Exchange(scope, body.receive, send, self._answer_headers(scope))
         metrics = self._services.metrics
-        metrics.started()
+        if BEGAN not in scope["state"]:
+            metrics.started()
         # Each request runs in a task of its own, so nothing needs to be reset.
         logs.request_id.set(exchange.request_id)
         try:
@@ -212,8 +214,8 @@ class Front:
         if scope["method"] not in route.methods:
             await _refuse_method(exchange, route)
             return
-        if (refusal := scope["state"].get(REFUSED)) is not None:
-            raise refusal
+        if REFUSED in scope["state"]:
+            raise scope["state"][REFUSED]
         self._services.limits.count_link(scope)
         raw: bytes = scope.get("raw_path") or quote(scope["path"]).encode("ascii")
         await route.handler(self._services, raw[3:].decode("latin-1"), scope, exchange.receive, exchange.send)
@@ -267,7 +269,7 @@ _BYTE_ROUTES = {
     (False, "events"): _ByteRoute("/api/files/events", ("GET",), follow),
     (False, "upload"): _ByteRoute("/api/files/upload", ("POST",), upload),
     (True, "content"): _ByteRoute("/api/files/{file_id}/content", ("PUT",), replace),
-    (True, "download"): _ByteRoute("/api/files/{file_id}/download", ("GET", "HEAD"), download),
+    (True, "download"): _ByteRoute(DOWNLOAD_ROUTE, ("GET", "HEAD"), download),
 }
 
 _EXPORT = _ByteRoute("/api/users/{user_id}/export", ("GET",), export)
@@ -302,7 +304,8 @@ class _Exchange:
 
     def __init__(self, scope: ASGIScope, receive: Receive, send: Send, added: Headers) -> None:
         """`added` are headers for the answer, whoever gives it."""
-        self.began = time.perf_counter()
+        state = scope.setdefault("state", {})
+        self.began = state.get(BEGAN) or time.perf_counter()
         self.scope = scope
         self.route: str | None = None
         self.status = 0
@@ -315,11 +318,10 @@ class _Exchange:
         self._raw_receive = receive
         self._raw_send = send
         self.request_id = request_id_of(scope["headers"])
-        state = scope.setdefault("state", {})
         self.rest: Rest | None = state.pop(REST, None)  # it holds a file open, and the scope lasts until the connection's next request
         if self.rest is not None:
             reply = self.rest.reply
-            self.began, self.request_id, self.route, self.path_is_secret = reply.began, reply.request_id, reply.route, True
+            self.began, self.request_id, self.route, self.path_is_secret = reply.began, reply.request_id, reply.route, reply.path is None
             self.status, self.bytes_out = 200, self.rest.sent_bytes
         state["request_id"] = self.request_id
 

@@ -24,11 +24,16 @@ class TokenUsers:
         self._clock = clock
         self._known: dict[str, float] = {}  # until when
 
+    def is_known(self, user_id: str) -> bool:
+        """Whether `admit` has nothing to ask."""
+        now = self._clock()
+        return now < self._known.get(user_id, now)
+
     async def admit(self, user_id: str) -> None:
         """The user has a row when this returns. Raises `UserUnknown` where tokens make none, and `DatabaseUnavailable`."""
-        now = self._clock()
-        if now < self._known.get(user_id, now):
+        if self.is_known(user_id):
             return
+        now = self._clock()
         if self._settings.token_users_are_created:
             try:
                 # The first upload chooses the volume: a volume that is away keeps nobody from looking at a list.

@@ -97,11 +97,9 @@ class UserTokens:
             parts = _COMPACT.fullmatch(token) if len(token) <= LONGEST_TOKEN_BYTES else None
             if parts is None:
                 raise _Refused("not three parts of base64url, or too long")
-            digest = hashlib.sha256(token.encode("ascii")).digest()
-            now = self._clock()
-            until, user_id = self._remembered.get(digest, (now, ""))
-            if now < until:
-                return user_id
+            digest, now = _digest(token), self._clock()
+            if (known := self._known(digest, now)) is not None:
+                return known
             user_id, expires_at = await self._verified(token, parts[1], parts[2])
         except _Refused as refusal:
             log.debug("refused a user token", extra={"reason": str(refusal)})
@@ -112,6 +110,16 @@ class UserTokens:
             self._remember(digest, now + min(REMEMBERED_SECONDS, expires_at - time.time()), user_id)
             return user_id
         raise Unauthenticated
+
+    def remembered(self, token: str) -> str | None:
+        """The user that `user_id` would tell without looking at the token again; None when it would have to."""
+        if len(token) > LONGEST_TOKEN_BYTES or not token.isascii():
+            return None
+        return self._known(_digest(token), self._clock())
+
+    def _known(self, digest: bytes, now: float) -> str | None:
+        until, user_id = self._remembered.get(digest, (now, ""))
+        return user_id if now < until else None
 
     def _remember(self, digest: bytes, until: float, user_id: str) -> None:
         self._remembered.pop(digest, None)
@@ -150,6 +158,10 @@ class UserTokens:
             return clean_user_id(claims["sub"]), float(claims["exp"])
         except InvalidRequest:
             raise _Refused("subject") from None
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode("ascii")).digest()
 
 
 def _json_object(part: str) -> dict[str, Any]:

@@ -113,15 +113,32 @@ class Delivery:
         disposition: Disposition | None = None,
         *,
         unread: bool = False,
+        row: File | None = None,
     ) -> Answer:
         """The answer to a GET or HEAD of a user's file. `headers` are the request's, names in lower case, repeats joined by `, `.
 
-        With `unread` the body holds no bytes yet, for a caller who needs the file alone.
+        With `unread` the body holds no bytes yet, for a caller who needs the file alone. `row` is the file's, if it is known.
         Raises `NotFound`, `PreconditionFailed`, `RangeNotSatisfiable`, `Damaged` when the row's file is missing or has
         another length, `VolumeUnavailable` and `DatabaseUnavailable`.
         """
         how = Presentation(disposition)
-        return await self._open(lambda: self._lookups.owned(user_id, file_id), _Asked(method, headers, unread), how)
+        return await self._open(lambda: self._lookups.owned(user_id, file_id), _Asked(method, headers, unread), how, row)
+
+    def row_of(self, user_id: str, file_id: UUID) -> "asyncio.Future[File | None]":
+        """The row of a user's file, for `whole_at_once`. None: there is none. Nobody cancels it."""
+        return self._lookups.owned_soon(user_id, file_id)
+
+    def whole_at_once(self, file: File) -> Handle | None:
+        """A user's file, to be sent as a whole, if nothing has to be waited for and all is as it should be.
+
+        None says nothing of the file: `open` finds out.
+        """
+        if file.damaged_at is not None or self._audit_reads:
+            return None
+        try:
+            return _open_at_once(self._vault.volume(file.volume_id), file, file.file_size)
+        except VolumeUnavailable:
+            return None
 
     async def open_linked(
         self, link: LinkedFile, method: str, headers: Mapping[str, str], cache_control: str, *, unread: bool = False
@@ -221,8 +238,8 @@ class Delivery:
             except OSError:
                 log.exception("cannot tell nginx whose links were revoked; it passes all links on", extra={"path": str(self._edge_state)})
 
-    async def _open(self, find: Callable[[], Awaitable[File]], asked: "_Asked", how: Presentation) -> Answer:
-        file = await find()
+    async def _open(self, find: Callable[[], Awaitable[File]], asked: "_Asked", how: Presentation, row: File | None = None) -> Answer:
+        file = row or await find()
         if file.damaged_at is not None:
             raise Damaged
         try:

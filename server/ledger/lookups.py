@@ -34,13 +34,17 @@ class Gathering(Generic[Key, Found]):
 
     async def get(self, key: Key) -> Found | None:
         """What there is, as it was after this was called. Raises what `ask` raises."""
+        return await asyncio.shield(self.soon(key))  # it may be others' as well
+
+    def soon(self, key: Key) -> "asyncio.Future[Found | None]":
+        """The same without a task of one's own. It may be others' future as well, so nobody cancels it."""
         found = self._waiting.get(key)
         if found is None:
             found = self._waiting[key] = asyncio.get_running_loop().create_future()
         if self._asking is None:
             # In a context of its own: what is logged meanwhile is not the first request's alone.
             self._asking = asyncio.create_task(self._ask_all(), context=Context())
-        return await asyncio.shield(found)  # it may be others' as well
+        return found
 
     async def _ask_all(self) -> None:
         try:
@@ -77,6 +81,10 @@ class FileLookups:
     async def owned(self, user_id: str, file_id: UUID) -> File:
         """One file of one user. Raises `NotFound` and `DatabaseUnavailable`."""
         return _known(await self._owned.get((user_id, file_id)))
+
+    def owned_soon(self, user_id: str, file_id: UUID) -> "asyncio.Future[File | None]":
+        """As `owned`, without a task of one's own: None is `NotFound`. Nobody cancels it."""
+        return self._owned.soon((user_id, file_id))
 
     async def linked(self, file_id: UUID, generation: int, link_epoch: int) -> File:
         """The file that a link names. Raises `NotFound` when it is gone, replaced, or its links are revoked, and `DatabaseUnavailable`."""
