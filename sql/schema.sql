@@ -1983,6 +1983,20 @@ CREATE TABLE public.uploads (
     CONSTRAINT uploads_reserved_bytes_not_negative CHECK ((reserved_bytes >= 0))
 );
 
+CREATE TABLE public.usage_days (
+    user_id character varying(255) NOT NULL,
+    day date NOT NULL,
+    byte_seconds numeric NOT NULL,
+    most_bytes bigint NOT NULL,
+    added_bytes bigint NOT NULL,
+    removed_bytes bigint NOT NULL,
+    CONSTRAINT usage_days_added_bytes_not_negative CHECK ((added_bytes >= 0)),
+    CONSTRAINT usage_days_byte_seconds_not_negative CHECK ((byte_seconds >= (0)::numeric)),
+    CONSTRAINT usage_days_most_bytes_not_negative CHECK ((most_bytes >= 0)),
+    CONSTRAINT usage_days_removed_bytes_not_negative CHECK ((removed_bytes >= 0)),
+    CONSTRAINT usage_days_within_most CHECK ((byte_seconds <= ((most_bytes)::numeric * (86400)::numeric)))
+);
+
 CREATE TABLE public.usage_ledger (
     id bigint NOT NULL,
     user_id character varying(255) NOT NULL,
@@ -1998,6 +2012,12 @@ ALTER TABLE public.usage_ledger ALTER COLUMN id ADD GENERATED ALWAYS AS IDENTITY
     NO MINVALUE
     NO MAXVALUE
     CACHE 1
+);
+
+CREATE TABLE public.usage_summed (
+    day date NOT NULL,
+    first_id bigint NOT NULL,
+    summed_at timestamp with time zone NOT NULL
 );
 
 CREATE TABLE public.user_file_tags (
@@ -2177,8 +2197,14 @@ ALTER TABLE ONLY public.upload_stops
 ALTER TABLE ONLY public.uploads
     ADD CONSTRAINT uploads_pkey PRIMARY KEY (id);
 
+ALTER TABLE ONLY public.usage_days
+    ADD CONSTRAINT usage_days_pkey PRIMARY KEY (user_id, day);
+
 ALTER TABLE ONLY public.usage_ledger
     ADD CONSTRAINT usage_ledger_pkey PRIMARY KEY (id);
+
+ALTER TABLE ONLY public.usage_summed
+    ADD CONSTRAINT usage_summed_pkey PRIMARY KEY (day);
 
 ALTER TABLE ONLY public.user_file_tags
     ADD CONSTRAINT user_file_tags_pkey PRIMARY KEY (user_id, tag, upload_date, file_id);

@@ -10,6 +10,7 @@ from server.ledger.database import LONG_PATIENCE_SECONDS, Database, Row
 from server.ledger.files import tombstones_of
 from server.ledger.models import KindUsage, Tombstone, User
 from server.ledger.statements import statement
+from server.ledger.usage_days import await_pages
 
 USER_COLUMNS = ", ".join(User.__struct_fields__)
 _BATCH_ROWS = 5000
@@ -28,6 +29,7 @@ _BEGIN_ERASING_UNSEEN = statement("begin_erasing_unseen", user=USER_COLUMNS)
 _ERASE_BATCH = statement("erase_batch")
 _ERASE_EVENTS = statement("erase_events")
 _ERASE_USAGE = statement("erase_usage")
+_ERASE_USAGE_DAYS = statement("erase_usage_days")
 _ERASE_ADDRESSES = statement("erase_addresses")
 _LOCK = statement("lock_user", user=USER_COLUMNS)
 _FINISH_ERASING = statement("finish_erasing")
@@ -133,7 +135,8 @@ async def finish_erasing(db: Database, user_id: str, remove_bytes: Callable[[], 
     `remove_bytes` runs while the user's row is locked, so no second eraser removes the bytes of a user of the same id who came
     later. Raises `Conflict` while files are left, or when the user is not being erased. A user who is gone is no error.
     """
-    for erase in (_ERASE_EVENTS, _ERASE_USAGE, _ERASE_ADDRESSES):
+    await await_pages(db)  # or what one of them writes now would stay
+    for erase in (_ERASE_EVENTS, _ERASE_USAGE, _ERASE_USAGE_DAYS, _ERASE_ADDRESSES):
         while (await db.write(erase, user_id, _BATCH_ROWS, patience=LONG_PATIENCE_SECONDS))[0]["count"] == _BATCH_ROWS:
             pass
     async with db.transaction() as run:

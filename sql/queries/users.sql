@@ -125,6 +125,16 @@ with gone as (
 )
 select count(*) from gone;
 
+-- name: erase_usage_days
+-- The same of what it was summed up to. Whoever is about to write more of it has to be waited for first (await_usage_pages).
+with gone as (
+    delete from usage_days where user_id = $1 and day in (
+        select d.day from usage_days d join user_storage u using (user_id)
+         where d.user_id = $1 and u.erasing_at is not null order by d.day limit $2)
+    returning 1
+)
+select count(*) from gone;
+
 -- name: erase_addresses
 -- Takes the clients' addresses out of some of the records of a user who is being erased, and tells how many.
 with named as materialized (
