@@ -4,13 +4,29 @@ import argparse
 import socket
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, NoReturn
 from uuid import UUID
 
-from ops import audit, backup, disks, doctor, drill, purge, rebalance, restore, restore_user, restore_volume, scrub, status, tool, top
+from ops import (
+    audit,
+    backup,
+    disks,
+    doctor,
+    drill,
+    purge,
+    rebalance,
+    restore,
+    restore_user,
+    restore_volume,
+    scrub,
+    status,
+    tool,
+    top,
+    usage,
+)
 from ops.tool import Desk
 from server import cli
 
@@ -75,6 +91,10 @@ def _add_tools(commands: Any) -> None:
     prove.add_argument("--backup", type=UUID, metavar="ID", help="this backup, as `coffer restore list` names it")
     sweep = tool.add(commands, "purge", purge.run, "remove what is beyond its time, and files by lifecycle rules; for a daily timer")
     sweep.add_argument("--for-real", action="store_true", help="do it; without this, it is only told what would be removed")
+    meaning = "sum up what users stored on each finished day, and tell a month's usage for invoices; for a daily timer"
+    account = tool.add(commands, "usage", usage.run, meaning, needs_store=lambda _: False)
+    account.add_argument("--month", type=_month, metavar="YYYY-MM", help="also tell of each user what was stored in this month (UTC)")
+    account.add_argument("--user", type=cli.user_id_of, help="only of this user")
     _add_hetzner(commands)
     for each in (doctor, status, top):
         each.add(commands)
@@ -130,6 +150,13 @@ def _moment(text: str) -> datetime:
     except ValueError:
         raise argparse.ArgumentTypeError("say a time as ISO 8601 has it, such as 2026-01-31T12:00") from None
     return moment.astimezone(UTC)  # one without a zone is of this machine's
+
+
+def _month(text: str) -> date:
+    try:
+        return datetime.strptime(text, "%Y-%m").replace(tzinfo=UTC).date()
+    except ValueError:
+        raise argparse.ArgumentTypeError("say a month, such as 2026-01") from None
 
 
 def _add_hetzner(commands: Any) -> None:

@@ -17,7 +17,7 @@ from tests.ops.conftest import Tool, path_of, store
 from tests.serving import RunningServer
 
 
-@pytest.mark.parametrize("name", ["audit", "purge", "rebalance", "scrub"])
+@pytest.mark.parametrize("name", ["audit", "purge", "rebalance", "scrub", "usage"])
 def test_of_two_one_does_the_work_and_the_other_says_so(database: str, name: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ops.cli", name, "--metrics-file", str(tmp_path / "metrics")]
 
@@ -100,6 +100,8 @@ def test_prometheus_is_told(server: RunningServer, database: str, tool: Tool, tm
         "scrub --file x",
         "rebalance --keep-old soon",
         "rebalance --to nowhere",
+        "usage --month 2026-13",
+        "usage --month soon",
     ],
 )
 def test_wrong_options_are_refused(wrong: str, database: str) -> None:

@@ -61,6 +61,17 @@ def test_an_erasure_that_was_interrupted_is_certified_whole(server: RunningServe
     assert (certificate["files"], certificate["sha256_of_digests"]) == (3, expected_digest(ids))
 
 
+def test_an_erased_users_usage_goes_with_them(server: RunningServer, coffer: Coffer) -> None:
+    for user in ("ada", "bob"):
+        store(server, user)
+    execute(server.database_url, "update usage_ledger set changed_at = changed_at - interval '1 day'")
+    assert coffer("usage").code == 0
+    users = "select distinct user_id from usage_days order by user_id"
+    assert [row["user_id"] for row in execute(server.database_url, users)] == ["ada", "bob"]
+    assert coffer("user", "delete", "ada", "--for-real").code == 0
+    assert [row["user_id"] for row in execute(server.database_url, users)] == ["bob"]
+
+
 def age(server: RunningServer, user_id: str, days: int) -> None:
     sql = "update user_storage set updated_at = now() - make_interval(days => $2) where user_id = $1"
     execute(server.database_url, sql, user_id, days)

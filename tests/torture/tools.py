@@ -192,7 +192,7 @@ def twice(stage: Stage) -> str:
         settings = repository(server.log.parent)
         assert coffer(server, "backup", "--init", **settings).code == Exit.OK
         told = []
-        for command in (["audit", "--repair"], list(FAST), ["purge", "--for-real"], ["backup"], ["drill"]):
+        for command in (["audit", "--repair"], list(FAST), ["purge", "--for-real"], ["usage"], ["backup"], ["drill"]):
             codes = _at_once(server, command, settings)
             told.append(f"{command[0]} {codes[Exit.OK]} worked and {codes[Exit.BUSY]} said that one does")
         snapshots = execute(server.database_url, "select state from backups where state <> 'done'")
