@@ -44,7 +44,7 @@ _CLOCK_SECONDS = 2.0
 _CERTIFICATE_WARNING = timedelta(days=21)
 _LEAST_FREE_SHARE = 0.1
 _FORECAST_FROM, _FORECAST_FROM_CHANGES, _LEAST_HISTORY = timedelta(days=14), 200_000, timedelta(hours=6)
-_EXPECTED_EVERY = {"audit": timedelta(hours=13), "scrub": timedelta(days=3), "purge": timedelta(days=2)}
+_EXPECTED_EVERY = {"audit": timedelta(hours=13), "scrub": timedelta(days=3), "purge": timedelta(days=2), "usage": timedelta(days=2)}
 """After twice the time between two runs, and a little, one is missed. Of backups and drills, the database knows."""
 _BACKUP_EVERY, _PROVEN_EVERY = timedelta(hours=50), timedelta(days=15)
 

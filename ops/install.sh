@@ -28,7 +28,7 @@ opt=/opt/coffer etc=/etc/coffer var=/var/lib/coffer
 units=/usr/local/lib/systemd/system
 account=coffer
 kept_releases=2
-timers=(audit scrub backup drill purge)
+timers=(audit scrub backup drill purge usage)
 rehearsing=
 
 say() { echo "coffer: $*"; }

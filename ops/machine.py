@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from server.settings import Settings
 
 SERVICES = ("coffer-api.service", "coffer-worker.service")
-TOOLS = ("audit", "scrub", "backup", "drill", "purge")
+TOOLS = ("audit", "scrub", "backup", "drill", "purge", "usage")
 _TIMEOUT_SECONDS = 5.0
 
 

@@ -26,7 +26,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 STATE = Path("/var/lib/coffer-tried.json")
 """What the second part must find: in root's hands, for it holds a key."""
 SERVICES = ("coffer-api.service", "coffer-worker.service")
-TOOLS = ("audit", "scrub", "backup", "drill", "purge")
+TOOLS = ("audit", "scrub", "backup", "drill", "purge", "usage")
 MOST_EXPOSED = {"coffer-api.service": 15, "coffer-worker.service": 20}
 """Tenths, as `systemd-analyze security` counts them."""
 CODE = ("server", "ops", "sql", "systemd", "Makefile", "README.md", "pyproject.toml", "requirements.lock")
@@ -146,12 +146,12 @@ def timers() -> str:
         shutil.rmtree(soon.parent)
         command("systemctl", "daemon-reload")
         command("systemctl", "restart", "coffer-audit.timer")
-    for tool in ("scrub", "purge"):
+    for tool in ("scrub", "purge", "usage"):
         command("systemctl", "start", f"coffer-{tool}.service")
-    for tool in ("audit", "scrub", "purge"):
+    for tool in ("audit", "scrub", "purge", "usage"):
         assert show(f"coffer-{tool}.service", "Result") == "success", tool
         assert Path("/var/lib/coffer/metrics", f"coffer_{tool}.prom").exists()
-    return f"{', '.join(TOOLS)}; that of the audit fired, scrub and purge ran"
+    return f"{', '.join(TOOLS)}; that of the audit fired, scrub, purge and usage ran"
 
 
 def backups() -> str:

@@ -14,7 +14,7 @@ from server.settings import Settings
 UNITS = Path(__file__).resolve().parents[2] / "systemd"
 CRONTAB = UNITS.parent / "ops" / "cron" / "coffer.crontab"
 PROGRAM = "/opt/coffer/current/.venv/bin/coffer"
-TOOLS = ("audit", "scrub", "backup", "drill", "purge")
+TOOLS = ("audit", "scrub", "backup", "drill", "purge", "usage")
 MOST_EXPOSED = {"coffer-api": 1.5, "coffer-worker": 2.0}
 
 
