@@ -292,6 +292,7 @@ def _accel_locations(volumes: Mapping[str, str]) -> Iterable[str]:
             f"    disable_symlinks on from={mount};",
             "    sendfile on;",
             "    sendfile_max_chunk 2m;",
+            "    tcp_nopush on;",
             "    open_file_cache off;",
             "    etag off;",
             "    if_modified_since off;",
