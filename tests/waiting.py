@@ -1,7 +1,8 @@
 """Waiting for a condition instead of for a time, and being in time for what ends."""
 
+import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -14,6 +15,15 @@ def until(predicate: Callable[[], T], timeout_seconds: float = 60) -> T:
         assert time.monotonic() < deadline, f"not within {timeout_seconds} s: {predicate}"
         time.sleep(0.02)
     return value
+
+
+async def eventually(look: Callable[[], Awaitable[T]], suffices: Callable[[T], object] = bool, timeout_seconds: float = 60) -> T:
+    """As `until`, for what is looked at in this event loop: the first look that `suffices`."""
+    deadline = time.monotonic() + timeout_seconds
+    while not suffices(seen := await look()):
+        assert time.monotonic() < deadline, f"not within {timeout_seconds} s, but {seen!r}"
+        await asyncio.sleep(0.02)
+    return seen
 
 
 def before_its_end(make: Callable[[int], T | None]) -> T:

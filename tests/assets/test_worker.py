@@ -20,6 +20,7 @@ from server.settings import Settings
 from server.vault import Vault
 from tests.fetching.peer import Asked, Authority, Peer, Say, always, head, listening, ranged
 from tests.samples import image
+from tests.waiting import eventually, until
 
 pytestmark = pytest.mark.anyio
 
@@ -51,13 +52,12 @@ async def linked(db: Database, url: str, details: Details = Details()) -> Asset:
 
 async def looked_at(worker: AssetWorker, db: Database, asset_id: UUID) -> Asset:
     """The asset once nothing is due for it."""
-    async with asyncio.timeout(30):
-        while True:
-            await worker.look()
-            asset = await ledger.get_asset(db, "ada", asset_id)
-            if asset.state != "unchecked" and asset.import_state != "pending":
-                return asset
-            await asyncio.sleep(0.02)
+
+    async def look() -> Asset:
+        await worker.look()
+        return await ledger.get_asset(db, "ada", asset_id)
+
+    return await eventually(look, lambda asset: asset.state != "unchecked" and asset.import_state != "pending")
 
 
 async def check_again(db: Database, worker: AssetWorker, asset_id: UUID) -> Asset:
@@ -149,9 +149,7 @@ async def test_an_import_of_an_asset_that_was_replaced_is_not_taken_for_the_new_
         assert (replaced.state, replaced.import_state, replaced.version) == ("unchecked", None, 2)
         await db.write("update linked_assets set import_state = 'pending'")  # and not due before the old one has ended
         held.set()
-        async with asyncio.timeout(30):
-            while (await ledger.get_user(db, "ada")).file_count == 0:  # noqa: ASYNC110
-                await asyncio.sleep(0.02)
+        await eventually(lambda: ledger.get_user(db, "ada"), lambda user: user.file_count)
         await worker.stop()
         assert (await ledger.get_asset(db, "ada", asset.id)).import_state == "pending"
         await db.write("update linked_assets set import_at = clock_timestamp()")
@@ -199,9 +197,7 @@ async def test_an_import_cut_off_by_a_stop_goes_on_with_the_next_worker(worker: 
         await ledger.ask_for_asset_import(db, "ada", asset.id, None)
         stopped = AssetWorker(db, Fetcher(RULES), worker._intake)
         await stopped.look()
-        async with asyncio.timeout(30):
-            while not list((volume / "incoming").iterdir()):  # noqa: ASYNC110
-                await asyncio.sleep(0.02)
+        await asyncio.to_thread(until, lambda: list((volume / "incoming").iterdir()))
         await stopped.stop()
         released.set()
         assert not list((volume / "incoming").iterdir())

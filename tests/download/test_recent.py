@@ -140,9 +140,7 @@ async def test_what_nobody_asks_for_again_is_closed(tmp_path: Path) -> None:
     kept.now = kept.recent.now()
     kept.keep()
     assert kept.open_files() == 1
-    async with asyncio.timeout(10):
-        while kept.open_files():  # noqa: ASYNC110 - closing a file sets no event
-            await asyncio.sleep(0.05)
+    await asyncio.to_thread(until, lambda: not kept.open_files())
 
 
 async def test_few_files_are_kept_open(kept: Kept) -> None:

@@ -31,6 +31,7 @@ from server.vault import Vault
 from tests.generation.fakes import Asked, Reply, Site, as_json, site
 from tests.generation.speaking import NEW_SECRET
 from tests.samples import image, video
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.anyio
 
@@ -225,9 +226,7 @@ async def test_the_queue_brings_it_and_what_was_lost_is_derived(coffer: Coffer, 
     running = asyncio.create_task(
         run_text_jobs(coffer.settings.database_url, ENTRYPOINT, coffer.worker.handle, stopping, heartbeat_seconds=20)
     )
-    async with asyncio.timeout(30):
-        while await coffer.state(job) != "completed":  # noqa: ASYNC110 - nobody tells this process
-            await asyncio.sleep(0.05)
+    await eventually(lambda: coffer.state(job), lambda state: state == "completed")
     stopping.set()
     await running
     assert await coffer.used() == (5_000, 0)

@@ -1,9 +1,8 @@
 """Two connections whose order is known, without sleeping: one waits in PostgreSQL until we see that it waits."""
 
-import asyncio
-import time
-
 import asyncpg
+
+from tests.waiting import eventually
 
 # Not pg_stat_activity: a transaction of the observer's would go on seeing it as it was at first. Waits for a row's last writer have no
 # database of their own, so a session is known by another lock that it holds.
@@ -15,8 +14,5 @@ select count(distinct waiting.pid)
 
 
 async def waiting_for_lock(observer: asyncpg.Connection, count: int = 1) -> None:
-    """Returns once `count` other sessions of the observer's database wait for a lock; AssertionError after 10 s."""
-    deadline = time.monotonic() + 10
-    while await observer.fetchval(_WAITING) < count:
-        assert time.monotonic() < deadline, "nobody waits for a lock"
-        await asyncio.sleep(0.005)
+    """Returns once `count` other sessions of the observer's database wait for a lock."""
+    await eventually(lambda: observer.fetchval(_WAITING), lambda waiting: waiting >= count)

@@ -16,6 +16,7 @@ from server.ledger import Database, database
 from server.settings import Settings
 from tests.ledger.races import waiting_for_lock
 from tests.quota.rows import Connection, add_user, add_volume, insert_file, new_file
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.anyio
 
@@ -34,10 +35,8 @@ async def sql(database_url: str) -> AsyncIterator[Connection]:
 
 async def nobody_left(sql: Connection) -> None:
     """Waits until PostgreSQL has ended the sessions that it was told to end."""
-    deadline = time.monotonic() + 10
-    while await sql.fetchval("select count(*) from pg_stat_activity where application_name = 'coffer'"):
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.005)
+    left = "select count(*) from pg_stat_activity where application_name = 'coffer'"
+    await eventually(lambda: sql.fetchval(left), lambda count: count == 0)
 
 
 class Gate:

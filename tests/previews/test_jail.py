@@ -228,8 +228,7 @@ def test_a_decoder_killed_with_an_image_in_hand_is_broken(tmp_path: Path, which:
 
     async def killed() -> None:
         hanging = asyncio.create_task(decoders.make(Path(__file__), "hang", tmp_path, Wishes(), wall_seconds=20))
-        while not (grandchildren := [each for child in own_children() for each in children_of(child)]):  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+        grandchildren = await asyncio.to_thread(until, lambda: [each for child in own_children() for each in children_of(child)])
         (decoder,) = own_children()
         os.kill(decoder if which == "decoder" else grandchildren[0], signal.SIGKILL)
         with pytest.raises(Broken):
@@ -310,8 +309,7 @@ def test_a_command_ends_with_its_starter(tmp_path: Path, own_children: Callable[
 
     async def ended(how: str) -> None:
         running = asyncio.create_task(jail.run(endless, source, tmp_path, wall_seconds=1.0 if how == "time" else 60.0))
-        while not (tmp_path / "written").exists():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+        await asyncio.to_thread(until, (tmp_path / "written").exists)
         (starter,) = own_children()
         (command,) = children_of(starter)
         if how == "cancel":

@@ -21,6 +21,7 @@ from server.vault import Vault
 from tests.ledger.races import waiting_for_lock
 from tests.quota.rows import Connection, add_user, new_file
 from tests.vault.test_previews import there
+from tests.waiting import until
 
 pytestmark = pytest.mark.anyio
 
@@ -262,9 +263,7 @@ async def test_whoever_was_tried_before_is_tried_alone(bench: Bench, sql: Connec
     first = asyncio.create_task(bench.handle())
     await asyncio.wait_for(begun.wait(), 10)
     second = asyncio.create_task(bench.worker.handle(other, None, 0, (0, 0)))
-    async with asyncio.timeout(10):
-        while not bench.worker._room._waiting_alone and len(at_work) == 1:  # noqa: ASYNC110 - nobody tells
-            await asyncio.sleep(0.005)
+    await asyncio.to_thread(until, lambda: bench.worker._room._waiting_alone or len(at_work) != 1)
     assert len(at_work) == 1
     may_go_on.set()
     await asyncio.wait_for(asyncio.gather(first, second), 10)

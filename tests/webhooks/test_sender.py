@@ -17,6 +17,7 @@ from server.ledger.backups import clear_upload_stops, stop_uploads
 from server.webhooks import Sender, register, rotate
 from tests.fetching.peer import Answering, Asked, Peer, Say, always, listening
 from tests.quota.rows import VOLUME, new_file
+from tests.waiting import eventually, until
 
 pytestmark = pytest.mark.anyio
 
@@ -52,9 +53,7 @@ class Telling:
             await asyncio.sleep(0.01)
 
     async def until_told(self, left: int = 0) -> None:
-        async with asyncio.timeout(30):
-            while await deliveries(self.db) > left:  # noqa: ASYNC110 - another process would be asked the same way
-                await asyncio.sleep(0.02)
+        await eventually(lambda: deliveries(self.db), lambda count: count <= left)
 
 
 async def deliveries(db: Database, state: str = "pending") -> int:
@@ -198,9 +197,7 @@ async def test_a_dead_endpoint_and_a_slow_one_hold_up_nobody(db: Database) -> No
             await register(db, RULES, url=url, types=["file.created"], description="")
         for _ in range(20):
             await uploaded(db)
-        async with asyncio.timeout(30):
-            while len(good.asked) < 20:  # noqa: ASYNC110
-                await asyncio.sleep(0.02)
+        await asyncio.to_thread(until, lambda: len(good.asked) >= 20)
         assert len(slow.asked) <= 8
         released.set()
         await telling.until_told(20)  # those of the dead one
@@ -274,9 +271,7 @@ async def test_no_internal_address_is_told_anything(db: Database) -> None:
             for url in (f"http://localhost:{port}/", peer.url):
                 await register(db, RULES, url=url, types=None, description="")
             await uploaded(db)
-            async with asyncio.timeout(30):
-                while not all(each.last_failure for each in await ledger.list_webhook_endpoints(db)):  # noqa: ASYNC110
-                    await asyncio.sleep(0.02)
+            await eventually(lambda: ledger.list_webhook_endpoints(db), lambda endpoints: all(each.last_failure for each in endpoints))
         assert [each.last_failure for each in await ledger.list_webhook_endpoints(db)] == ["refused", "status_307"]
         assert [each.connections for each in internal] == [0, 0]
 
