@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+KEPT = 4
+"""Connections of a load that are kept."""
 _PAUSE_SECONDS = 0.03
 """Between two requests of a client: it is to keep a server busy, and not a small machine."""
 
@@ -84,6 +86,8 @@ class Load:
     connections: int = 0
     stood_still_seconds: float = 0
     """How long, at the longest, this machine did not even come round to a thread that only sleeps: no server could have answered."""
+    closed_idle: int = 0
+    """Kept connections that ended without an answer; the request was then sent once more, as browsers do (RFC 9112, section 9.3.1)."""
 
     def __post_init__(self) -> None:
         self._stopping = threading.Event()
@@ -130,9 +134,21 @@ class Load:
             if connection.sock is None:
                 with self._lock:
                     self.connections += 1
-            self._counted(lambda: request(connection))
+            self._counted(lambda: self._on(connection, request))
             time.sleep(_PAUSE_SECONDS)
         connection.close()
+
+    def _on(self, connection: http.client.HTTPConnection, request: Callable[[http.client.HTTPConnection], None]) -> None:
+        was_kept = connection.sock is not None
+        try:
+            request(connection)
+        except ConnectionError:  # `RemoteDisconnected` is one
+            if not was_kept:
+                raise
+            with self._lock:
+                self.closed_idle += 1
+            connection.close()
+            request(connection)
 
     def _on_new_connections(self, request: Callable[[http.client.HTTPConnection], None]) -> None:
         while not self._stopping.is_set():
