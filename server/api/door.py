@@ -21,7 +21,7 @@ AnyConnection = ASGIConnection[Any, Any, Any, Any]
 
 
 REFUSED = "refused"
-"""Under this name a request's state holds the problem, if it was counted where it was read (`express.py`) and there have been too many."""
+"""Under this name a request's state holds the problem, if it was refused where it was read (`express.py`)."""
 _ADMITTED = "admitted"  # and under this one whom `admit_at_once` let in
 
 

@@ -27,7 +27,7 @@ from server.auth import Scope as Right
 from server.delivery import Body
 from server.delivery.headers import representation_headers
 from server.delivery.recent import Recent
-from server.errors import RateLimited
+from server.errors import CofferError, RateLimited
 from server.ledger import File
 from server.vault.volume import Handle
 
@@ -149,7 +149,9 @@ class Express:
 
     def owners_reply(self, row: "asyncio.Future[File | None]", scope: Scope, cycle: FileCycle) -> Reply | None:
         """The answer to what `ask` let in, once the row is there. None leaves it to the ordinary way."""
-        found = None if row.exception() is not None else row.result()
+        if isinstance(problem := row.exception(), CofferError):
+            scope["state"][REFUSED] = problem  # who asks a database once more that has just not answered waits twice as long to say so
+        found = None if problem is not None else row.result()
         if found is None:
             return None
         scope["state"][ROW] = found

@@ -395,13 +395,17 @@ def test_while_the_row_is_awaited_the_request_is_in_flight(stage: Stage, monkeyp
 
 
 def test_a_database_that_is_away_is_told(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def away(*_: Any) -> Any:
+    asked: list[Any] = []
+
+    async def away(_: Database, sql: str, *arguments: Any, **named: Any) -> Any:
+        if "wanted_id" in sql:
+            asked.append(arguments[0])
         raise DatabaseUnavailable
 
     remaining = left(stage.ask("small"))
     monkeypatch.setattr(Database, "read", away)
     answer = stage.ask("small")
-    assert (answer.status, left(answer)) == (503, remaining - 1)
+    assert (answer.status, left(answer), asked) == (503, remaining - 1, [("ada",)])
 
 
 def test_a_client_that_leaves_before_the_row_is_there(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
