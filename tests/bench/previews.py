@@ -5,14 +5,13 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from server.previews.models import Wishes
 from tests.bench.clients import Connection
 from tests.bench.harness import MIB, Round, Stage, interleave, ratio, say, table, verdict
 from tests.bench.photos import SHARP
-from tests.bench.processes import BenchError, cpu_seconds, family, resident_bytes
+from tests.bench.processes import BenchError, cpu_seconds, resident_bytes, standing_still
 from tests.bench.servers import Coffer, Request, coffer
 
 WIDTH = 320
@@ -92,7 +91,7 @@ def _throughput(server: Coffer, photo: Path, directory: Path) -> None:
 
 def _worked_off(server: Coffer, body: bytes) -> Round:
     """The worker stands still until all photos are stored; its clock runs from when it goes on until the last row is ready."""
-    with _standing_still(server):
+    with standing_still(server.worker_pid):
         _upload(server, body, USERS, FILES)
     spent, began = cpu_seconds(server.worker_pid), time.perf_counter()
     _drain(server)
@@ -272,7 +271,7 @@ def _flood(server: Coffer, body: bytes) -> None:
     spent = began = 0.0
     for _ in range(FLOODS):
         server.erase(*_users(USERS))
-        with _standing_still(server):
+        with standing_still(server.worker_pid):
             without.append(_p99(_upload(server, body, USERS, FLOOD)))
             server.erase(*_users(USERS))
         spent, began = cpu_seconds(server.worker_pid), time.perf_counter()
@@ -296,26 +295,6 @@ def _flood(server: Coffer, body: bytes) -> None:
 
 def _p99(seconds: list[float]) -> float:
     return 1000 * statistics.quantiles(seconds, n=100)[-1]
-
-
-# The worker
-
-
-@contextmanager
-def _standing_still(server: Coffer) -> Iterator[None]:
-    """The worker and its decoders are stopped, and go on at the end: shorter than what would cost them their jobs."""
-    stopped = family(server.worker_pid)
-    _signal(stopped, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        _signal(stopped, signal.SIGCONT)
-
-
-def _signal(pids: list[int], number: signal.Signals) -> None:
-    for pid in pids:
-        with suppress(ProcessLookupError):  # a decoder's child, which had ended
-            os.kill(pid, number)
 
 
 def _users(count: int) -> list[str]:
