@@ -6,13 +6,13 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from ipaddress import ip_network
-from typing import Any, NamedTuple
+from typing import Any
 
 import httpx
 import pytest
 
-from server.api import accounting, express, sendfile
-from tests.download.test_sendfile import Here, Reply, reply, request, serving_here, settings_of
+from server.api import express, sendfile
+from tests.download.here import Stage, connected, is_same, reply, request, serving_here, settings_of, told_of_requests
 from tests.linking import link, stored
 from tests.samples import image
 from tests.serving import RunningServer, ServerFactory, SharedServer
@@ -22,33 +22,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 SMALL, LARGE = image(20_000), image(2**21 - 1, seed=1)
 DIFFERING = {"date", "x-request-id"}
-
-
-class Stage(NamedTuple):
-    """A server with files of ada's, one of this process that serves them too, and what that has told of requests."""
-
-    server: RunningServer
-    here: Here
-    told: list[dict[str, Any]]
-    paths: dict[str, str]
-
-    @property
-    def passed_on(self) -> int:
-        """How many requests went the ordinary way."""
-        return len(self.here.extensions)
-
-    def connect(self, receive_buffer_bytes: int | None = None) -> socket.socket:
-        client = socket.socket()
-        if receive_buffer_bytes is not None:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer_bytes)
-        client.settimeout(20)
-        client.connect(("127.0.0.1", self.here.port))
-        return client
-
-    def ask(self, name: str, *headers: str) -> Reply:
-        with closing(self.connect()) as client, client.makefile("rb") as stream:
-            client.sendall(request(self.server, self.paths[name], *headers))
-            return reply(stream)
 
 
 @pytest.fixture(scope="module")
@@ -62,15 +35,7 @@ def server(shared_server: SharedServer) -> Iterator[RunningServer]:
 def stage(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
     """What was answered is remembered for as long as the test takes."""
     monkeypatch.setattr("server.delivery.recent.KEPT_SECONDS", 1_000.0)
-    told: list[dict[str, Any]] = []
-    account = accounting.account
-
-    def noting(*arguments: Any, **facts: Any) -> None:
-        told.append(facts)
-        account(*arguments, **facts)
-
-    for caller in ("front", "express"):
-        monkeypatch.setattr(f"server.api.{caller}.account", noting)
+    told = told_of_requests(monkeypatch)
     with server.client("ada") as ada:
         small, large = (stored(ada, body) for body in (SMALL, LARGE))
         paths = {"small": link(ada, small), "saved": link(ada, small, disposition="attachment"), "large": link(ada, large)}
@@ -89,12 +54,6 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sendfile", lambda out, file, offset, count: real(out, file, offset, min(count, 100_000)))
 
 
-def is_same(one: Reply, other: Reply) -> bool:
-    """Line by line, and in that order."""
-    heads = [[each for each in reply.headers.items() if each[0] not in DIFFERING] for reply in (one, other)]
-    return heads[0] == heads[1] and DIFFERING <= one.headers.keys() == other.headers.keys() and one.status == other.status
-
-
 @pytest.mark.parametrize("name", ["small", "saved", "public", "large"])
 @pytest.mark.parametrize("headers", [(), ("X-Forwarded-For: 192.0.2.7",), ("Origin: https://a.example",)], ids=["", "nginx", "page"])
 @pytest.mark.usefixtures("narrow")
@@ -105,7 +64,7 @@ def test_the_same_answer(stage: Stage, monkeypatch: pytest.MonkeyPatch, name: st
     one = stage.ask(name, *headers)
     assert (one.status, one.body, stage.passed_on) == (200, body, 1)
     other = stage.ask(name, "X-Request-Id: mine", *headers)
-    assert other.body == body and is_same(one, other) and other.headers["x-request-id"] == "mine"
+    assert other.body == body and is_same(one, other, DIFFERING) and other.headers["x-request-id"] == "mine"
     assert ("x-accel-redirect" in other.headers) == (not body)
     assert stage.passed_on == (2 if name == "large" and body else 1)  # its client does not take all of it at once
     assert stage.ask(name, *headers).headers["x-request-id"] not in ("mine", one.headers["x-request-id"])
@@ -271,14 +230,7 @@ def test_what_cannot_be_answered_at_once_goes_the_ordinary_way(
 
 
 def test_a_server_that_stops_says_so(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    protocols: list[Any] = []
-    take = express.ExpressProtocol.connection_made
-
-    def noting(protocol: Any, transport: Any) -> None:
-        protocols.append(protocol)
-        take(protocol, transport)
-
-    monkeypatch.setattr(express.ExpressProtocol, "connection_made", noting)
+    protocols = connected(monkeypatch)
     with closing(stage.connect()) as client, client.makefile("rb") as stream:
         for _ in range(2):
             client.sendall(request(stage.server, stage.paths["small"]))

@@ -5,13 +5,14 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import dataclass, field
 from ipaddress import ip_network
-from typing import Any, NamedTuple
+from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
 
-from server.api import accounting, express
+from server.api import express
 from server.auth import Scope
 from server.errors import DatabaseUnavailable
 from server.ledger import Database, File
@@ -21,7 +22,7 @@ from server.setting_values import Rate, TokenIssuer
 from server.vault.volume import Volume
 from tests.access.issuers import Issuer, SigningKey
 from tests.access.test_key_restrictions import new_key
-from tests.download.test_sendfile import Here, Reply, reply, request, serving_here, settings_of
+from tests.download.here import Reply, Stage, connected, is_same, reply, request, serving_here, settings_of, told_of_requests
 from tests.linking import link, stored
 from tests.samples import image
 from tests.serving import RunningServer, SharedServer, execute
@@ -34,37 +35,17 @@ VARYING = {"date", "x-request-id", "ratelimit"}
 ROUTE = "/api/files/{file_id}/download"
 
 
-class Stage(NamedTuple):
-    """A server with files of ada's, one of this process that serves them too, and what that has told of requests."""
+@dataclass
+class Owners(Stage):
+    """Its paths are those of downloads."""
 
-    server: RunningServer
-    here: Here
-    told: list[dict[str, Any]]
-    ids: dict[str, str]
+    ids: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def passed_on(self) -> int:
-        """How many requests the application has seen."""
-        return len(self.here.extensions)
-
-    def connect(self, receive_buffer_bytes: int | None = None) -> socket.socket:
-        client = socket.socket()
-        if receive_buffer_bytes is not None:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer_bytes)
-        client.settimeout(20)
-        client.connect(("127.0.0.1", self.here.port))
-        return client
+    def __post_init__(self) -> None:
+        self.paths = {name: f"/api/files/{file_id}/download" for name, file_id in self.ids.items()}
 
     def request(self, name: str, *headers: str) -> bytes:
-        return request(self.server, f"/api/files/{self.ids.get(name, name)}/download", *headers)
-
-    def send(self, asked: bytes) -> Reply:
-        with closing(self.connect()) as client, client.makefile("rb") as stream:
-            client.sendall(asked)
-            return reply(stream)
-
-    def ask(self, name: str, *headers: str) -> Reply:
-        return self.send(self.request(name, *headers))
+        return super().request(name if name in self.paths else f"/api/files/{name}/download", *headers)
 
 
 @pytest.fixture(scope="module")
@@ -75,17 +56,9 @@ def server(shared_server: SharedServer) -> Iterator[RunningServer]:
 
 
 @pytest.fixture
-def stage(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
+def stage(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Owners]:
     """Whoever asks is known to it already."""
-    told: list[dict[str, Any]] = []
-    account = accounting.account
-
-    def noting(*arguments: Any, **facts: Any) -> None:
-        told.append(facts)
-        account(*arguments, **facts)
-
-    for caller in ("front", "express"):
-        monkeypatch.setattr(f"server.api.{caller}.account", noting)
+    told = told_of_requests(monkeypatch)
     with server.client("ada") as ada:
         ids = {"small": stored(ada, SMALL, "Sonne ☀.png"), "large": stored(ada, LARGE)}
     settings = settings_of(
@@ -96,17 +69,11 @@ def stage(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[St
         rate_per_user=Rate(500, 86_400),  # none comes back while a test counts them
     )
     with serving_here(settings) as here:
-        stage = Stage(server, here, told, ids)
+        stage = Owners(server, here, told, ids=ids)
         stage.ask("small")
         until(lambda: told)
         del told[:], here.extensions[:]
         yield stage
-
-
-def is_same(one: Reply, other: Reply) -> bool:
-    """Line by line, and in that order."""
-    heads = [[each for each in reply.headers.items() if each[0] not in VARYING] for reply in (one, other)]
-    return heads[0] == heads[1] and VARYING <= one.headers.keys() == other.headers.keys() and one.status == other.status
 
 
 def left(answer: Reply) -> int:
@@ -116,7 +83,7 @@ def left(answer: Reply) -> int:
 
 @pytest.mark.parametrize("name", ["small", "large"])
 @pytest.mark.parametrize("headers", [(), ("X-Forwarded-For: 192.0.2.7",), ("Origin: https://a.example",)], ids=["", "nginx", "page"])
-def test_the_same_answer(stage: Stage, monkeypatch: pytest.MonkeyPatch, name: str, headers: tuple[str, ...]) -> None:
+def test_the_same_answer(stage: Owners, monkeypatch: pytest.MonkeyPatch, name: str, headers: tuple[str, ...]) -> None:
     is_nginxs = bool(headers) and "Forwarded" in headers[0]
     other = stage.ask(name, "X-Request-Id: mine", *headers)
     assert other.body == (b"" if is_nginxs else LARGE if name == "large" else SMALL) and other.headers["x-request-id"] == "mine"
@@ -126,10 +93,10 @@ def test_the_same_answer(stage: Stage, monkeypatch: pytest.MonkeyPatch, name: st
     monkeypatch.setattr(express.Express, "ask", lambda *_: None)
     one = stage.ask(name, *headers)
     assert stage.passed_on == before + 1
-    assert is_same(one, other) and one.body == other.body and left(one) == left(other) - 1
+    assert is_same(one, other, VARYING) and one.body == other.body and left(one) == left(other) - 1
 
 
-def test_it_is_told_alike(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_told_alike(stage: Owners, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = [("small",), ("large",), ("small", "X-Forwarded-For: 192.0.2.7")]
     for each in asked:
         stage.ask(each[0], "X-Request-Id: mine", *each[1:])
@@ -147,7 +114,7 @@ def test_it_is_told_alike(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None
         assert facts["path"] in [f"/api/files/{each}/download" for each in stage.ids.values()]
 
 
-def test_what_asks_for_more_goes_the_ordinary_way(stage: Stage) -> None:
+def test_what_asks_for_more_goes_the_ordinary_way(stage: Owners) -> None:
     lines = "".join(f"{line}\r\n" for line in stage.request("small").decode().split("\r\n")[1:-2])
     target = f"/api/files/{stage.ids['small']}/download"
     for asked, status in (
@@ -176,7 +143,7 @@ def test_what_asks_for_more_goes_the_ordinary_way(stage: Stage) -> None:
         assert (answer.body, answer.headers["connection"], stream.read(), stage.passed_on) == (SMALL, "close", b"", before + 1)
 
 
-def test_answers_come_in_the_order_of_their_requests(stage: Stage) -> None:
+def test_answers_come_in_the_order_of_their_requests(stage: Owners) -> None:
     """To a client that reads late, of owners, of links and of everything else."""
     with stage.server.client("ada") as ada:
         url = link(ada, stage.ids["small"])
@@ -194,7 +161,7 @@ def test_answers_come_in_the_order_of_their_requests(stage: Stage) -> None:
     assert sizes == [len(LARGE) if name == "large" else len(SMALL) for name in names]
 
 
-def test_a_row_is_asked_for_once_whatever_the_way(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_is_asked_for_once_whatever_the_way(stage: Owners, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     real = Gathering.soon
 
@@ -210,7 +177,7 @@ def test_a_row_is_asked_for_once_whatever_the_way(stage: Stage, monkeypatch: pyt
     assert asked == [("ada", UUID(stage.ids[name])) for name in ("small", "large", "small")]
 
 
-def test_what_is_not_there_or_not_theirs_is_refused_and_counted_once(stage: Stage) -> None:
+def test_what_is_not_there_or_not_theirs_is_refused_and_counted_once(stage: Owners) -> None:
     with stage.server.client("bob") as bob:
         theirs = stored(bob, SMALL)
     remaining = left(stage.ask("small"))
@@ -222,7 +189,7 @@ def test_what_is_not_there_or_not_theirs_is_refused_and_counted_once(stage: Stag
     assert [each["status"] for each in stage.told] == [200, 404, 404, 404]
 
 
-def test_what_another_process_does_is_seen_by_the_next_download(stage: Stage) -> None:
+def test_what_another_process_does_is_seen_by_the_next_download(stage: Owners) -> None:
     def disposition() -> str:
         return stage.ask("small").headers["content-disposition"]
 
@@ -240,7 +207,7 @@ def test_what_another_process_does_is_seen_by_the_next_download(stage: Stage) ->
         assert stage.ask("small").status == 404
 
 
-def test_a_file_that_is_missing_or_short_is_damaged(stage: Stage) -> None:
+def test_a_file_that_is_missing_or_short_is_damaged(stage: Owners) -> None:
     (path,) = [each for each in stage.server.stored_paths() if each.name.startswith(stage.ids["small"])]
     os.truncate(path, len(SMALL) - 1)
     assert stage.ask("small").status == 410
@@ -248,7 +215,7 @@ def test_a_file_that_is_missing_or_short_is_damaged(stage: Stage) -> None:
     assert stage.ask("small").status == 410
 
 
-def as_another(stage: Stage, credentials: str) -> bytes:
+def as_another(stage: Owners, credentials: str) -> bytes:
     return stage.request("small").replace(stage.server.api_key.encode(), credentials.encode())
 
 
@@ -264,7 +231,7 @@ def as_another(stage: Stage, credentials: str) -> bytes:
     ],
 )
 def test_keys_are_good_for_what_they_are_good_for(
-    stage: Stage, caplog: pytest.LogCaptureFixture, restrictions: dict[str, Any], status: int
+    stage: Owners, caplog: pytest.LogCaptureFixture, restrictions: dict[str, Any], status: int
 ) -> None:
     """However often they were seen."""
     asked = as_another(stage, new_key(stage.server.database_url, **restrictions).text)
@@ -276,7 +243,7 @@ def test_keys_are_good_for_what_they_are_good_for(
     assert caplog.text.count("used outside of its networks") == (3 if status == 403 and "networks" in restrictions else 0)
 
 
-def test_a_key_ends(stage: Stage) -> None:
+def test_a_key_ends(stage: Owners) -> None:
     key = new_key(stage.server.database_url)
     asked = as_another(stage, key.text)
     assert [stage.send(asked).status for _ in range(2)] == [200, 200] and stage.passed_on == 1
@@ -288,7 +255,7 @@ def test_a_users_own_token(server: RunningServer) -> None:
     issuer = Issuer(SigningKey("ES256", "one"))
     trusted = TokenIssuer(issuer=issuer.url, jwks_url=issuer.jwks_url, algorithms=("ES256",))
     with server.client("ada") as ada, serving_here(settings_of(server, token_issuers=(trusted,))) as here:
-        stage = Stage(server, here, [], {"small": stored(ada, SMALL)})
+        stage = Owners(server, here, ids={"small": stored(ada, SMALL)})
         hers, bobs = (issuer.token(sub=user_id) for user_id in ("ada", "bob"))
         assert [stage.send(as_another(stage, hers)).body for _ in range(3)] == [SMALL] * 3 and stage.passed_on == 1
         for _ in range(3):
@@ -304,7 +271,7 @@ def test_limits_hold(server: RunningServer) -> None:
         file_id = stored(limited, SMALL)
     settings = settings_of(server, rate_per_user=Rate(6, 3600))
     with serving_here(settings) as here:
-        stage = Stage(server, here, [], {"small": file_id})
+        stage = Owners(server, here, ids={"small": file_id})
         asked = stage.request("small").replace(b"X-User-Id: ada", b"X-User-Id: limited")
         answers = [stage.send(asked) for _ in range(9)]
         assert [each.status for each in answers] == [200] * 6 + [429] * 3
@@ -335,7 +302,7 @@ class Held:
         self.waiting.pop(0)(row if found else None)
 
 
-def test_a_file_waits_for_the_answers_before_it(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_waits_for_the_answers_before_it(stage: Owners, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which lie in memory, for a client that reads late."""
     protocols, buffered = connected(monkeypatch), []
     send_now = express.ExpressProtocol.send_now
@@ -361,20 +328,7 @@ def test_a_file_waits_for_the_answers_before_it(stage: Stage, monkeypatch: pytes
         assert reply(stream).body == SMALL and buffered == [0]
 
 
-def connected(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The server's ends of connections that are made from now on."""
-    protocols: list[Any] = []
-    take = express.ExpressProtocol.connection_made
-
-    def noting(protocol: Any, transport: Any) -> None:
-        protocols.append(protocol)
-        take(protocol, transport)
-
-    monkeypatch.setattr(express.ExpressProtocol, "connection_made", noting)
-    return protocols
-
-
-def test_while_the_row_is_awaited_the_request_is_in_flight(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_while_the_row_is_awaited_the_request_is_in_flight(stage: Owners, monkeypatch: pytest.MonkeyPatch) -> None:
     counted: list[int] = []
     real = Metrics.started
 
@@ -394,7 +348,7 @@ def test_while_the_row_is_awaited_the_request_is_in_flight(stage: Stage, monkeyp
     assert (len(counted), len(stage.told), stage.passed_on) == (1, 1, 1)
 
 
-def test_a_database_that_is_away_is_told(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_database_that_is_away_is_told(stage: Owners, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
     async def away(_: Database, sql: str, *arguments: Any, **named: Any) -> Any:
@@ -408,7 +362,7 @@ def test_a_database_that_is_away_is_told(stage: Stage, monkeypatch: pytest.Monke
     assert (answer.status, left(answer), asked) == (503, remaining - 1, [("ada",)])
 
 
-def test_a_client_that_leaves_before_the_row_is_there(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_leaves_before_the_row_is_there(stage: Owners, monkeypatch: pytest.MonkeyPatch) -> None:
     held = Held(monkeypatch)
     with closing(stage.connect()) as client:
         client.sendall(stage.request("large"))
@@ -420,7 +374,7 @@ def test_a_client_that_leaves_before_the_row_is_there(stage: Stage, monkeypatch:
     assert stage.ask("small").body == SMALL
 
 
-def test_a_server_that_stops_says_so(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_stops_says_so(stage: Owners, monkeypatch: pytest.MonkeyPatch) -> None:
     protocols = connected(monkeypatch)
     held = Held(monkeypatch)
     with closing(stage.connect()) as client, client.makefile("rb") as stream:
@@ -436,7 +390,7 @@ def test_a_server_that_stops_says_so(stage: Stage, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("place", ["is_resident", "nginx_sends", "admit_at_once"])
 def test_what_cannot_be_answered_at_once_goes_the_ordinary_way(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, place: str
+    stage: Owners, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, place: str
 ) -> None:
     remaining = left(stage.ask("small"))
     monkeypatch.setattr(express, place, lambda *_: 1 / 0)
@@ -449,7 +403,7 @@ def test_reads_that_are_recorded_go_the_ordinary_way(server: RunningServer) -> N
     with server.client("ada") as ada:
         file_id = stored(ada, SMALL)
     with serving_here(settings_of(server, audit_reads=True)) as here:
-        stage = Stage(server, here, [], {"small": file_id})
+        stage = Owners(server, here, ids={"small": file_id})
         for _ in range(3):
             assert stage.ask("small").body == SMALL
         assert stage.passed_on == 3

@@ -13,7 +13,7 @@ from server import ledger
 from server.delivery import Answer, Body, RecentLinks, recent
 from server.delivery.recent import KEPT_SECONDS
 from server.vault.volume import Handle
-from tests.download.test_sendfile import serving_here, settings_of
+from tests.download.here import serving_here, settings_of
 from tests.processes import open_below
 from tests.samples import image
 from tests.serving import RunningServer, ServerFactory

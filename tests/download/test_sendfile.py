@@ -7,10 +7,9 @@ import socket
 import ssl
 import struct
 import threading
-import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
@@ -19,34 +18,22 @@ from unittest.mock import Mock
 
 import httpx
 import pytest
-import uvicorn
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from server.api import sendfile
-from server.api.pace import PatientProtocol
 from server.api.sendfile import EXTENSION, TURN_BYTES
-from server.settings import Settings
 from server.vault import volume
+from tests.download.here import reply, request, serving_here, settings_of
 from tests.samples import image
-from tests.serving import DEFAULTS, RunningServer, SharedServer
+from tests.serving import RunningServer, SharedServer
 from tests.waiting import until
-
-with warnings.catch_warnings():  # Litestar 2 warns of what 3 will want, as its application is defined
-    warnings.simplefilter("ignore", DeprecationWarning)
-    from server.app import assemble
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 MIB = 2**20
 SMALL, LARGE = image(200_000), image(3 * TURN_BYTES + 5, seed=1)
-
-
-class Reply(NamedTuple):
-    status: int
-    headers: dict[str, str]
-    body: bytes
 
 
 class Shared(NamedTuple):
@@ -76,22 +63,6 @@ def shared(request: pytest.FixtureRequest, shared_server: SharedServer) -> Itera
 
 def connect(server: RunningServer) -> socket.socket:
     return socket.create_connection((server.host, server.port), timeout=20)
-
-
-def request(server: RunningServer, target: str, *headers: str, method: str = "GET", version: str = "1.1") -> bytes:
-    lines = [f"{method} {target} HTTP/{version}", "Host: x", f"Authorization: Bearer {server.api_key}", "X-User-Id: ada", *headers]
-    return "".join(f"{line}\r\n" for line in [*lines, ""]).encode()
-
-
-def reply(stream: Any, *, to_head: bool = False) -> Reply:
-    """The next answer of a connection, and nothing of what follows."""
-    status = int(stream.readline().split()[1])
-    headers = {}
-    while line := stream.readline().strip():
-        name, _, value = line.decode().partition(": ")
-        headers[name] = value
-    length = 0 if to_head or status == 304 else int(headers["content-length"])
-    return Reply(status, headers, stream.read(length))
 
 
 def test_pipelined_requests_are_answered_in_their_order(shared: Shared) -> None:
@@ -269,45 +240,6 @@ def test_the_log_tells_how_much_was_sent(shared: Shared) -> None:
 # In a thread of the test's own, for what no setting can bring about
 
 
-class Here(NamedTuple):
-    port: int
-    extensions: list[Any]
-
-
-@contextmanager
-def serving_here(settings: Settings, **server_settings: Any) -> Iterator[Here]:
-    """Coffer as `serve` runs it, in this process, with the server's settings changed."""
-    seen: list[Any] = []
-    front = assemble(settings)
-
-    async def watched(scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http":
-            seen.append(scope.get("extensions"))
-        await front(scope, receive, send)
-
-    config = uvicorn.Config(
-        watched,
-        port=0,
-        loop="uvloop",
-        http=PatientProtocol,
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        proxy_headers=False,
-        **server_settings,
-    )
-    server = uvicorn.Server(config)
-    running = threading.Thread(target=server.run)
-    running.start()
-    try:
-        until(lambda: server.started)
-        yield Here(server.servers[0].sockets[0].getsockname()[1], seen)
-    finally:
-        server.should_exit = True
-        running.join()
-
-
 @pytest.fixture
 def stored(server: RunningServer) -> Shared:
     """A server whose files are served by another one, below."""
@@ -317,10 +249,6 @@ def stored(server: RunningServer) -> Shared:
             file_id = client.post("/api/files/upload", content=body).json()["id"]
             owner[name], links[name] = f"/api/files/{file_id}/download", client.post(f"/api/files/{file_id}/link").json()["url"]
     return Shared(server, owner, links)
-
-
-def settings_of(server: RunningServer, **changes: Any) -> Settings:
-    return Settings(database_url=server.database_url, link_keys=(DEFAULTS["COFFER_LINK_KEYS"],), volume_reserve_bytes=MIB, **changes)
 
 
 def test_over_tls_files_are_read_and_sent(stored: Shared, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from server.delivery import recent
 from server.delivery.previews import AwaitedPreviews, PreviewFile
-from tests.download.test_sendfile import serving_here, settings_of
+from tests.download.here import serving_here, settings_of
 from tests.previews.conftest import WorkerFactory
 from tests.previews.test_links import link, ready, stored
 from tests.serving import RunningServer
