@@ -7,7 +7,7 @@ from uuid import UUID
 
 import msgspec
 from litestar import Request, Router, delete, get, post, put
-from litestar.params import Parameter
+from litestar.params import FromPath, JSONBody, QueryParameter
 from msgspec import Meta
 
 from server import fields, ledger
@@ -82,7 +82,7 @@ class AssetList(msgspec.Struct):
 
 
 @post("/link", guards=[needs(Scope.FILES_WRITE)], status_code=201)
-async def link_asset(request: Http, data: AssetWish) -> AssetAnswer:
+async def link_asset(request: Http, data: JSONBody[AssetWish]) -> AssetAnswer:
     """Registers media that stays where it is. It is looked at within seconds, and every day from then on."""
     services, principal = services_of(request), principal_of(request)
     details = Details(
@@ -111,9 +111,9 @@ async def link_asset(request: Http, data: AssetWish) -> AssetAnswer:
 @get("/", guards=[needs(Scope.FILES_READ)], before_request=known_query_only)
 async def list_assets(
     request: Http,
-    of_state: Annotated[State | None, Parameter(query="state", description="Only assets of this state.")] = None,
-    limit: Annotated[int | None, Parameter(ge=1, description=f"Assets on the page; {DEFAULT_PAGE} when left out.")] = None,
-    cursor: Annotated[str | None, Parameter(description="`next_cursor` of the page before.")] = None,
+    of_state: Annotated[State | None, QueryParameter(name="state", description="Only assets of this state.")] = None,
+    limit: Annotated[int | None, QueryParameter(ge=1, description=f"Assets on the page; {DEFAULT_PAGE} when left out.")] = None,
+    cursor: Annotated[str | None, QueryParameter(description="`next_cursor` of the page before.")] = None,
 ) -> AssetList:
     """The user's linked assets."""
     services = services_of(request)
@@ -126,13 +126,13 @@ async def list_assets(
 
 
 @get("/{asset_id:uuid}", guards=[needs(Scope.FILES_READ)])
-async def show_asset(request: Http, asset_id: UUID) -> AssetAnswer:
+async def show_asset(request: Http, asset_id: FromPath[UUID]) -> AssetAnswer:
     """One asset, as it was found when it was last looked at."""
     return _answer(await ledger.get_asset(services_of(request).db, principal_of(request).owner, asset_id))
 
 
 @get("/{asset_id:uuid}/check", guards=[needs(Scope.FILES_READ)])
-async def check_asset(request: Http, asset_id: UUID) -> AssetAnswer:
+async def check_asset(request: Http, asset_id: FromPath[UUID]) -> AssetAnswer:
     """Has the worker look at the asset now, and answers with what it finds, or after 15 s as it was. A look is good for 30 s."""
     services, owner = services_of(request), principal_of(request).owner
     clock = asyncio.get_running_loop().time
@@ -148,21 +148,21 @@ async def check_asset(request: Http, asset_id: UUID) -> AssetAnswer:
 
 
 @put("/{asset_id:uuid}/replace", guards=[needs(Scope.FILES_WRITE)])
-async def replace_asset(request: Http, asset_id: UUID, data: AssetReplacement) -> AssetAnswer:
+async def replace_asset(request: Http, asset_id: FromPath[UUID], data: JSONBody[AssetReplacement]) -> AssetAnswer:
     """Another URL for the asset, as when the old one is dead. What was imported from the old one stays a file."""
     services, owner = services_of(request), principal_of(request).owner
     return _answer(await relink(services.db, Rules.from_settings(services.settings), owner, asset_id, data.url))
 
 
 @post("/{asset_id:uuid}/import", guards=[needs(Scope.FILES_WRITE)], status_code=202)
-async def import_asset(request: Http, asset_id: UUID) -> AssetAnswer:
+async def import_asset(request: Http, asset_id: FromPath[UUID]) -> AssetAnswer:
     """Has the worker fetch the asset's bytes and store them as a file of the user's, once. One that failed is tried again."""
     principal = principal_of(request)
     return _answer(await ledger.ask_for_asset_import(services_of(request).db, principal.owner, asset_id, principal.kinds))
 
 
 @delete("/{asset_id:uuid}", guards=[needs(Scope.FILES_WRITE)])
-async def delete_asset(request: Http, asset_id: UUID) -> None:
+async def delete_asset(request: Http, asset_id: FromPath[UUID]) -> None:
     """Forgets the asset. A file that it was imported as stays."""
     await ledger.delete_asset(services_of(request).db, principal_of(request).owner, asset_id)
 

@@ -6,6 +6,7 @@ from uuid import UUID
 
 import msgspec
 from litestar import Request, Response, Router, post
+from litestar.params import JSONBody
 from msgspec import Meta
 
 from server import fields, ledger
@@ -42,7 +43,7 @@ class ComposeWish(msgspec.Struct, forbid_unknown_fields=True):
 
 
 @post("/compose", guards=[needs(Scope.FILES_WRITE)], status_code=201)
-async def compose(request: Http, data: ComposeWish) -> Response[FileAnswer]:
+async def compose(request: Http, data: JSONBody[ComposeWish]) -> Response[FileAnswer]:
     """Makes a contact sheet and stores it as a file of the user: 201; or 200 with that file when there is one of the same pictures and
     layout.
     """

@@ -10,7 +10,7 @@ from uuid import UUID
 
 import msgspec
 from litestar import Request, Response, Router, delete, get, patch, post, put
-from litestar.params import Parameter
+from litestar.params import FromPath, JSONBody, QueryParameter
 from msgspec import UNSET, Meta, UnsetType
 
 from server import fields, ledger
@@ -172,22 +172,24 @@ def file_json(file: File) -> FileAnswer:
 async def list_files(
     request: Http,
     *,
-    file_type: Annotated[Kind | None, Parameter(query="type", description="Only files of this kind.")] = None,
-    mime: Annotated[str | None, Parameter(description="Only this MIME type.")] = None,
-    tag: Annotated[str | None, Parameter(description="Only files with this tag.")] = None,
-    favorite: Annotated[bool | None, Parameter(description="Only favourites, or with false only the others.")] = None,
-    package_name: Annotated[str | None, Parameter(description="Only files of this package.")] = None,
-    name: Annotated[str | None, Parameter(description="Only names with a word that starts so, in any case. Comes with sort=name.")] = None,
+    file_type: Annotated[Kind | None, QueryParameter(name="type", description="Only files of this kind.")] = None,
+    mime: Annotated[str | None, QueryParameter(description="Only this MIME type.")] = None,
+    tag: Annotated[str | None, QueryParameter(description="Only files with this tag.")] = None,
+    favorite: Annotated[bool | None, QueryParameter(description="Only favourites, or with false only the others.")] = None,
+    package_name: Annotated[str | None, QueryParameter(description="Only files of this package.")] = None,
+    name: Annotated[
+        str | None, QueryParameter(description="Only names with a word that starts so, in any case. Comes with sort=name.")
+    ] = None,
     created_from: Annotated[
-        str | None, Parameter(description="Uploaded at this time or later: RFC 3339, or a date (UTC). Comes with sort=created.")
+        str | None, QueryParameter(description="Uploaded at this time or later: RFC 3339, or a date (UTC). Comes with sort=created.")
     ] = None,
     created_to: Annotated[
-        str | None, Parameter(description="Uploaded before this time: RFC 3339, or a date (UTC). Comes with sort=created.")
+        str | None, QueryParameter(description="Uploaded before this time: RFC 3339, or a date (UTC). Comes with sort=created.")
     ] = None,
-    sort: Annotated[Sort | None, Parameter(description="A leading minus sorts downward. Newest first when left out.")] = None,
-    limit: Annotated[int | None, Parameter(ge=1, description=f"Files on the page; {DEFAULT_PAGE} when left out.")] = None,
-    cursor: Annotated[str | None, Parameter(description="`next_cursor` of the page before, with the same filters and sort.")] = None,
-    links: Annotated[bool, Parameter(description=_LINKS_MEANING)] = False,
+    sort: Annotated[Sort | None, QueryParameter(description="A leading minus sorts downward. Newest first when left out.")] = None,
+    limit: Annotated[int | None, QueryParameter(ge=1, description=f"Files on the page; {DEFAULT_PAGE} when left out.")] = None,
+    cursor: Annotated[str | None, QueryParameter(description="`next_cursor` of the page before, with the same filters and sort.")] = None,
+    links: Annotated[bool, QueryParameter(description=_LINKS_MEANING)] = False,
 ) -> FileList:
     """The user's files, page by page. A combination of filter and sort that no index serves is refused, never slow."""
     services = services_of(request)
@@ -225,11 +227,11 @@ async def list_files(
 @get("/{file_id:uuid}", guards=[needs(Scope.FILES_READ)], before_request=known_query_only)
 async def show_file(
     request: Http,
-    file_id: UUID,
+    file_id: FromPath[UUID],
     wait: Annotated[
-        Literal["preview"] | None, Parameter(description="Answer when its preview is no longer pending, or after a while (30 s).")
+        Literal["preview"] | None, QueryParameter(description="Answer when its preview is no longer pending, or after a while (30 s).")
     ] = None,
-    links: Annotated[bool, Parameter(description=_LINKS_MEANING)] = False,
+    links: Annotated[bool, QueryParameter(description=_LINKS_MEANING)] = False,
 ) -> FileAnswer:
     """One file's fields."""
     services, owner = services_of(request), principal_of(request).owner
@@ -244,7 +246,7 @@ async def show_file(
 
 
 @get("/{file_id:uuid}/provenance", guards=[needs(Scope.FILES_READ)], before_request=known_query_only)
-async def show_provenance(request: Http, file_id: UUID) -> ProvenanceAnswer:
+async def show_provenance(request: Http, file_id: FromPath[UUID]) -> ProvenanceAnswer:
     """What the file's own bytes say of how they were made, as they came."""
     services = services_of(request)
     said = await services.provenance.of(await ledger.get_file(services.db, principal_of(request).owner, file_id))
@@ -278,7 +280,7 @@ async def _add_links(services: Services, owner: str, files: Sequence[File], answ
 
 
 @patch("/{file_id:uuid}", guards=[needs(Scope.FILES_WRITE)])
-async def change_file(request: Http, file_id: UUID, data: FileChanges) -> FileAnswer:
+async def change_file(request: Http, file_id: FromPath[UUID], data: JSONBody[FileChanges]) -> FileAnswer:
     """Renames a file, or changes its package name or metadata. Without any of them the file stays as it is, `updated_at` too."""
     await _check_if_match(request, file_id)
     if data == FileChanges():
@@ -300,8 +302,8 @@ async def change_file(request: Http, file_id: UUID, data: FileChanges) -> FileAn
 @delete("/{file_id:uuid}", guards=[needs(Scope.FILES_WRITE)], before_request=known_query_only)
 async def delete_file(
     request: Http,
-    file_id: UUID,
-    permanent: Annotated[bool, Parameter(description="Past the trash, where there is one.")] = False,
+    file_id: FromPath[UUID],
+    permanent: Annotated[bool, QueryParameter(description="Past the trash, where there is one.")] = False,
 ) -> None:
     """Deletes a file: to the trash where the server has one, and there it still counts; else its quota is free when this is answered."""
     await _check_if_match(request, file_id)
@@ -310,7 +312,7 @@ async def delete_file(
 
 
 @post("/delete", guards=[needs(Scope.FILES_WRITE)], status_code=200)
-async def delete_files(request: Http, data: FileIds) -> DeleteResults:
+async def delete_files(request: Http, data: JSONBody[FileIds]) -> DeleteResults:
     """Deletes up to 1,000 files, as one, with an answer for each."""
     ids = {text: file_id for text in data.ids if (file_id := id_of(text)) is not None}
     services, principal = services_of(request), principal_of(request)
@@ -322,21 +324,21 @@ async def delete_files(request: Http, data: FileIds) -> DeleteResults:
 
 
 @post("/{file_id:uuid}/favorite", guards=[needs(Scope.FILES_WRITE)], status_code=200)
-async def favor_file(request: Http, file_id: UUID, data: FavoriteChange | None = None) -> FileAnswer:
+async def favor_file(request: Http, file_id: FromPath[UUID], data: JSONBody[FavoriteChange | None] = None) -> FileAnswer:
     """Without a body, switches whether the file is a favourite; with one, sets it."""
     value = None if data is None else data.is_favorite
     return file_json(await ledger.set_favorite(services_of(request).db, principal_of(request).owner, file_id, value))
 
 
 @put("/{file_id:uuid}/tags", guards=[needs(Scope.FILES_WRITE)])
-async def tag_file(request: Http, file_id: UUID, data: TagsChange) -> FileAnswer:
+async def tag_file(request: Http, file_id: FromPath[UUID], data: JSONBody[TagsChange]) -> FileAnswer:
     """Replaces the file's tags."""
     tags = fields.clean_tags(data.tags)
     return file_json(await ledger.set_tags(services_of(request).db, principal_of(request).owner, file_id, tags))
 
 
 @post("/{file_id:uuid}/copy", guards=[needs(Scope.FILES_WRITE)], status_code=201)
-async def copy_file(request: Http, file_id: UUID) -> Response[FileAnswer]:
+async def copy_file(request: Http, file_id: FromPath[UUID]) -> Response[FileAnswer]:
     """Makes a second file with the same bytes and fields, charged to the same user."""
     file = await services_of(request).intake.copy(principal_of(request).owner, file_id)
     return Response(file_json(file), headers={"location": f"/api/files/{file.id}"})

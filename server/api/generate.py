@@ -8,7 +8,7 @@ from uuid import UUID
 
 import msgspec
 from litestar import Request, Response, Router, get, post
-from litestar.params import Parameter
+from litestar.params import FromPath, JSONBody, QueryParameter
 from msgspec import Meta
 
 from server import fields
@@ -181,7 +181,7 @@ async def visible_job(services: Services, principal: Principal, job_id: UUID) ->
 
 
 @post("/", guards=[needs(Scope.JOBS_WRITE)], status_code=201)
-async def generate(request: Http, data: GenerateWish) -> Response[NewJobAnswer]:
+async def generate(request: Http, data: JSONBody[GenerateWish]) -> Response[NewJobAnswer]:
     """Registers a job and holds the quota of its outputs, so that they cannot fail for want of it."""
     return await create(request, data)
 
@@ -246,12 +246,12 @@ def _cleaned(text: str | None, field: str) -> str | None:
 async def list_jobs(
     request: Http,
     *,
-    job_state: Annotated[JobState | None, Parameter(query="state", description="Only jobs in this state.")] = None,
-    entity_type: Annotated[str | None, Parameter(description="Only jobs for entities of this type.")] = None,
-    entity_id: Annotated[str | None, Parameter(description="Only jobs for this entity; comes with `entity_type`.")] = None,
-    project_id: Annotated[str | None, Parameter(description="Only jobs of this project.")] = None,
-    limit: Annotated[int | None, Parameter(ge=1, description=f"Jobs on the page; {DEFAULT_PAGE} when left out.")] = None,
-    cursor: Annotated[str | None, Parameter(description="`next_cursor` of the page before, with the same filters.")] = None,
+    job_state: Annotated[JobState | None, QueryParameter(name="state", description="Only jobs in this state.")] = None,
+    entity_type: Annotated[str | None, QueryParameter(description="Only jobs for entities of this type.")] = None,
+    entity_id: Annotated[str | None, QueryParameter(description="Only jobs for this entity; comes with `entity_type`.")] = None,
+    project_id: Annotated[str | None, QueryParameter(description="Only jobs of this project.")] = None,
+    limit: Annotated[int | None, QueryParameter(ge=1, description=f"Jobs on the page; {DEFAULT_PAGE} when left out.")] = None,
+    cursor: Annotated[str | None, QueryParameter(description="`next_cursor` of the page before, with the same filters.")] = None,
 ) -> JobList:
     """The user's jobs, newest first, page by page."""
     services, principal = services_of(request), principal_of(request)
@@ -277,8 +277,8 @@ async def list_jobs(
 @get("/status/{job_id:uuid}", guards=[needs(Scope.FILES_READ)], before_request=known_query_only)
 async def job_status(
     request: Http,
-    job_id: UUID,
-    wait: Annotated[Literal["end"] | None, Parameter(description="Answer when the job has ended, or after a while (30 s).")] = None,
+    job_id: FromPath[UUID],
+    wait: Annotated[Literal["end"] | None, QueryParameter(description="Answer when the job has ended, or after a while (30 s).")] = None,
 ) -> JobAnswer:
     """How a job goes, and what became of each of its outputs."""
     services, principal = services_of(request), principal_of(request)
@@ -301,7 +301,7 @@ async def _ended(services: Services, job: Job) -> Job:
 
 
 @post("/{job_id:uuid}/cancel", guards=[needs(Scope.JOBS_WRITE)], status_code=200)
-async def cancel_job(request: Http, job_id: UUID) -> JobAnswer:
+async def cancel_job(request: Http, job_id: FromPath[UUID]) -> JobAnswer:
     """Cancels a job that has not ended; what is stored stays, what comes later is refused. One that has ended stays as it is."""
     services, principal = services_of(request), principal_of(request)
     await visible_job(services, principal, job_id)

@@ -9,7 +9,7 @@ from uuid import UUID
 
 import msgspec
 from litestar import Request, Router, delete, get, post, put
-from litestar.params import Parameter
+from litestar.params import FromPath, JSONBody, QueryParameter
 from msgspec import Meta
 
 from server import fields, ledger
@@ -101,7 +101,7 @@ class UploadLinkAnswer(msgspec.Struct):
 
 
 @post("/files/{file_id:uuid}/link", guards=[needs(Scope.LINKS_WRITE)], status_code=200)
-async def link_file(request: Http, file_id: UUID, data: LinkWish | None = None) -> LinkAnswer:
+async def link_file(request: Http, file_id: FromPath[UUID], data: JSONBody[LinkWish | None] = None) -> LinkAnswer:
     """A signed link to these bytes of a file, or to a preview of them. When they are replaced or deleted it leads nowhere."""
     wish = data or LinkWish()
     return await _link(request, file_id, wish)
@@ -110,16 +110,16 @@ async def link_file(request: Http, file_id: UUID, data: LinkWish | None = None) 
 @get("/storage/{file_id:uuid}/url", guards=[needs(Scope.LINKS_WRITE)], before_request=known_query_only)
 async def storage_url(
     request: Http,
-    file_id: UUID,
-    ttl_seconds: Annotated[int | None, Parameter(ge=1, description="How long the link lives at least.")] = None,
-    disposition: Annotated[Disposition, Parameter(description="How a browser is to treat the bytes.")] = "inline",
+    file_id: FromPath[UUID],
+    ttl_seconds: Annotated[int | None, QueryParameter(ge=1, description="How long the link lives at least.")] = None,
+    disposition: Annotated[Disposition, QueryParameter(description="How a browser is to treat the bytes.")] = "inline",
 ) -> LinkAnswer:
     """The same link, asked for without a body."""
     return await _link(request, file_id, LinkWish(ttl_seconds, disposition))
 
 
 @post("/links", guards=[needs(Scope.LINKS_WRITE)], status_code=200)
-async def link_files(request: Http, data: LinksWish) -> LinkResults:
+async def link_files(request: Http, data: JSONBody[LinksWish]) -> LinkResults:
     """Links to many files at once: a gallery is one request."""
     services, principal = services_of(request), principal_of(request)
     owner = principal.owner
@@ -146,7 +146,7 @@ async def link_files(request: Http, data: LinksWish) -> LinkResults:
 
 
 @post("/files/{file_id:uuid}/revoke-links", guards=[needs(Scope.LINKS_WRITE)], status_code=200)
-async def revoke_file_links(request: Http, file_id: UUID) -> FileAnswer:
+async def revoke_file_links(request: Http, file_id: FromPath[UUID]) -> FileAnswer:
     """Ends every signed link to a file. Links made afterwards work; a public URL stays."""
     return file_json(await services_of(request).intake.revoke_links(principal_of(request).owner, file_id))
 
@@ -164,7 +164,7 @@ async def revoke_user_links(request: Http) -> None:
 
 
 @put("/files/{file_id:uuid}/public", guards=[needs(Scope.LINKS_WRITE)])
-async def make_public(request: Http, file_id: UUID, data: PublicWish) -> PublicAnswer:
+async def make_public(request: Http, file_id: FromPath[UUID], data: JSONBody[PublicWish]) -> PublicAnswer:
     """Makes a file public, or private again. Caches may show it for `COFFER_PUBLIC_MAX_AGE_SECONDS` longer."""
     services = services_of(request)
     public_id = secrets.token_urlsafe(16) if data.is_public else None
@@ -174,14 +174,14 @@ async def make_public(request: Http, file_id: UUID, data: PublicWish) -> PublicA
 
 
 @get("/files/{file_id:uuid}/public", guards=[needs(Scope.FILES_READ)])
-async def show_public(request: Http, file_id: UUID) -> PublicAnswer:
+async def show_public(request: Http, file_id: FromPath[UUID]) -> PublicAnswer:
     """The public URL of a file, if it has one."""
     services = services_of(request)
     return _public(services, await ledger.get_file(services.db, principal_of(request).owner, file_id))
 
 
 @post("/uploads/links", guards=[needs(Scope.LINKS_WRITE)], status_code=201)
-async def link_upload(request: Http, data: UploadLinkWish) -> UploadLinkAnswer:
+async def link_upload(request: Http, data: JSONBody[UploadLinkWish]) -> UploadLinkAnswer:
     """A link that takes one upload. Its bytes are reserved now, so the upload cannot fail for want of quota."""
     services, principal = services_of(request), principal_of(request)
     unknown = [each for each in data.types if each not in KINDS and each not in KNOWN]
@@ -210,7 +210,7 @@ async def link_upload(request: Http, data: UploadLinkWish) -> UploadLinkAnswer:
 
 
 @delete("/uploads/links/{file_id:uuid}", guards=[needs(Scope.LINKS_WRITE, of_stored_file=False)])
-async def close_upload_link(request: Http, file_id: UUID) -> None:
+async def close_upload_link(request: Http, file_id: FromPath[UUID]) -> None:
     """Gives up an upload link that has brought no file, and the quota that it holds."""
     principal = principal_of(request)
     await services_of(request).intake.close_link(principal.owner, file_id, principal.kinds)

@@ -7,7 +7,7 @@ from uuid import UUID
 
 import msgspec
 from litestar import Request, Router, get, post, put
-from litestar.params import Parameter
+from litestar.params import FromPath, JSONBody, QueryParameter
 from msgspec import UNSET, UnsetType
 
 from server import fields, ledger
@@ -101,17 +101,19 @@ def media_json(media: Media) -> MediaAnswer:
 async def list_media(
     request: Http,
     *,
-    entity_type: Annotated[str | None, Parameter(description="Only media of entities of this type.")] = None,
-    entity_id: Annotated[str | None, Parameter(description="Only media of this entity; comes with `entity_type`.")] = None,
-    project_id: Annotated[str | None, Parameter(description="Only media of this project.")] = None,
-    media_type: Annotated[Kind | None, Parameter(query="type", description="Only media of this kind.")] = None,
-    source_type: Annotated[SourceType | None, Parameter(query="source", description="Only media that came about in this way.")] = None,
-    model: Annotated[str | None, Parameter(description="Only media made by this model.")] = None,
-    prompt: Annotated[str | None, Parameter(description="Only media in whose prompt all of these words stand, in any case.")] = None,
-    primary: Annotated[bool | None, Parameter(description="Only those that stand for their entity, or with false only the others.")] = None,
-    links: Annotated[bool, Parameter(description="With 1, a signed link to each file. Needs the scope links:write too.")] = False,
-    limit: Annotated[int | None, Parameter(ge=1, description=f"Media on the page; {DEFAULT_PAGE} when left out.")] = None,
-    cursor: Annotated[str | None, Parameter(description="`next_cursor` of the page before, with the same filters.")] = None,
+    entity_type: Annotated[str | None, QueryParameter(description="Only media of entities of this type.")] = None,
+    entity_id: Annotated[str | None, QueryParameter(description="Only media of this entity; comes with `entity_type`.")] = None,
+    project_id: Annotated[str | None, QueryParameter(description="Only media of this project.")] = None,
+    media_type: Annotated[Kind | None, QueryParameter(name="type", description="Only media of this kind.")] = None,
+    source_type: Annotated[SourceType | None, QueryParameter(name="source", description="Only media that came about in this way.")] = None,
+    model: Annotated[str | None, QueryParameter(description="Only media made by this model.")] = None,
+    prompt: Annotated[str | None, QueryParameter(description="Only media in whose prompt all of these words stand, in any case.")] = None,
+    primary: Annotated[
+        bool | None, QueryParameter(description="Only those that stand for their entity, or with false only the others.")
+    ] = None,
+    links: Annotated[bool, QueryParameter(description="With 1, a signed link to each file. Needs the scope links:write too.")] = False,
+    limit: Annotated[int | None, QueryParameter(ge=1, description=f"Media on the page; {DEFAULT_PAGE} when left out.")] = None,
+    cursor: Annotated[str | None, QueryParameter(description="`next_cursor` of the page before, with the same filters.")] = None,
 ) -> MediaList:
     """The user's media and how each was made, newest first: `limit=1` with an entity and a type is its latest."""
     services, principal = services_of(request), principal_of(request)
@@ -157,7 +159,7 @@ async def _add_links(services: Services, principal: Principal, answers: Sequence
 
 
 @post("/", guards=[needs(Scope.FILES_WRITE)], status_code=201)
-async def add_media(request: Http, data: UploadedMedia) -> MediaAnswer:
+async def add_media(request: Http, data: JSONBody[UploadedMedia]) -> MediaAnswer:
     """Makes an upload media beside what was generated, with its file's id. Asked again, it belongs to what was said last."""
     services, principal = services_of(request), principal_of(request)
     if (data.entity_type is None) != (data.entity_id is None):
@@ -179,14 +181,14 @@ async def add_media(request: Http, data: UploadedMedia) -> MediaAnswer:
 
 
 @get("/{media_id:uuid}", guards=[needs(Scope.FILES_READ)])
-async def show_media(request: Http, media_id: UUID) -> MediaAnswer:
+async def show_media(request: Http, media_id: FromPath[UUID]) -> MediaAnswer:
     """How one piece of media was made. That of a generated file has the file's id."""
     principal = principal_of(request)
     return media_json(await rows.get_media(services_of(request).db, principal.owner, media_id, principal.kinds))
 
 
 @get("/{media_id:uuid}/lineage", guards=[needs(Scope.FILES_READ)])
-async def show_lineage(request: Http, media_id: UUID) -> Lineage:
+async def show_lineage(request: Http, media_id: FromPath[UUID]) -> Lineage:
     """What it was made anew from, and what else was made of the same beginning. Media that was deleted is left out."""
     services, principal = services_of(request), principal_of(request)
     media = await rows.get_media(services.db, principal.owner, media_id, principal.kinds)
@@ -201,7 +203,7 @@ async def show_lineage(request: Http, media_id: UUID) -> Lineage:
 
 
 @put("/{media_id:uuid}/primary", guards=[needs(Scope.FILES_WRITE)])
-async def set_primary(request: Http, media_id: UUID, data: PrimaryChange) -> MediaAnswer:
+async def set_primary(request: Http, media_id: FromPath[UUID], data: JSONBody[PrimaryChange]) -> MediaAnswer:
     """Makes a piece of media the one that stands for its entity, or no longer. An entity has one at most."""
     services, principal = services_of(request), principal_of(request)
     media = await rows.get_media(services.db, principal.owner, media_id, principal.kinds)

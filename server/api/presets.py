@@ -5,6 +5,7 @@ from uuid import UUID
 
 import msgspec
 from litestar import Request, Response, Router, post
+from litestar.params import JSONBody
 from msgspec import Meta
 
 from server.api.door import needs, services_of
@@ -85,7 +86,7 @@ class AnimationWish(PresetWish, kw_only=True):
 
 
 @post("/character", guards=[needs(Scope.JOBS_WRITE)], status_code=201)
-async def generate_character(request: Http, data: CharacterWish) -> Response[NewJobAnswer]:
+async def generate_character(request: Http, data: JSONBody[CharacterWish]) -> Response[NewJobAnswer]:
     """A job for pictures of one character."""
     prompt = character_prompt(
         name=data.name, appearance=data.appearance, clothing=data.clothing, accessories=data.accessories, style=data.style
@@ -94,7 +95,7 @@ async def generate_character(request: Http, data: CharacterWish) -> Response[New
 
 
 @post("/moodboard", guards=[needs(Scope.JOBS_WRITE)], status_code=201)
-async def generate_moodboard(request: Http, data: MoodboardWish) -> Response[NewJobAnswer]:
+async def generate_moodboard(request: Http, data: JSONBody[MoodboardWish]) -> Response[NewJobAnswer]:
     """A job for pictures of characters in a scene."""
     prompt = moodboard_prompt(
         characters=data.characters,
@@ -108,7 +109,7 @@ async def generate_moodboard(request: Http, data: MoodboardWish) -> Response[New
 
 
 @post("/animation", guards=[needs(Scope.JOBS_WRITE)], status_code=201)
-async def generate_animation(request: Http, data: AnimationWish) -> Response[NewJobAnswer]:
+async def generate_animation(request: Http, data: JSONBody[AnimationWish]) -> Response[NewJobAnswer]:
     """A job for videos that begin with an image."""
     wish = _wish(
         services_of(request),

@@ -5,7 +5,7 @@ from urllib.parse import parse_qsl
 
 import msgspec
 from litestar import Request
-from litestar.params import ParameterKwarg
+from litestar.params import QueryParameter
 
 from server.api.services import Services
 from server.errors import InvalidRequest
@@ -42,7 +42,7 @@ async def known_query_only(request: Request[Any, Any, Any]) -> None:
     except ValueError as problem:
         raise InvalidRequest("query", f"must be at most {_MOST_PARAMETERS} percent-encoded UTF-8 parameters") from problem
     parameters = request.route_handler.parsed_fn_signature.parameters.values()
-    known = [each.kwarg_definition.query or each.name for each in parameters if isinstance(each.kwarg_definition, ParameterKwarg)]
+    known = [each.kwarg_definition.name or each.name for each in parameters if isinstance(each.kwarg_definition, QueryParameter)]
     for name in given:
         if name not in known:
             raise InvalidRequest(name[:_ECHOED_CHARACTERS], f"is not a parameter here, where there are {', '.join(known)}")

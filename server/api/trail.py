@@ -6,7 +6,7 @@ from uuid import UUID
 
 import msgspec
 from litestar import Request, Router, get
-from litestar.params import Parameter
+from litestar.params import QueryParameter
 
 from server import fields, ledger
 from server.api.door import needs, services_of
@@ -46,16 +46,16 @@ class AuditList(msgspec.Struct):
 async def list_audit(
     request: Http,
     *,
-    user: Annotated[str | None, Parameter(description="Only what was done to this user and the user's files.")] = None,
-    file: Annotated[str | None, Parameter(description="Only what was done to this file.")] = None,
+    user: Annotated[str | None, QueryParameter(description="Only what was done to this user and the user's files.")] = None,
+    file: Annotated[str | None, QueryParameter(description="Only what was done to this file.")] = None,
     actor: Annotated[
-        str | None, Parameter(description="Only what was done by this key, token's subject, link or account: `actor_id`.")
+        str | None, QueryParameter(description="Only what was done by this key, token's subject, link or account: `actor_id`.")
     ] = None,
-    action: Annotated[str | None, Parameter(description="Only this action, such as `file.deleted`.")] = None,
-    since: Annotated[str | None, Parameter(description="At this time or later: RFC 3339, or a date (UTC).")] = None,
-    until: Annotated[str | None, Parameter(description="Before this time: RFC 3339, or a date (UTC).")] = None,
-    limit: Annotated[int | None, Parameter(ge=1, description=f"Records on the page; {DEFAULT_PAGE} when left out.")] = None,
-    cursor: Annotated[str | None, Parameter(description="`next_cursor` of the page before, with the same filters.")] = None,
+    action: Annotated[str | None, QueryParameter(description="Only this action, such as `file.deleted`.")] = None,
+    since: Annotated[str | None, QueryParameter(description="At this time or later: RFC 3339, or a date (UTC).")] = None,
+    until: Annotated[str | None, QueryParameter(description="Before this time: RFC 3339, or a date (UTC).")] = None,
+    limit: Annotated[int | None, QueryParameter(ge=1, description=f"Records on the page; {DEFAULT_PAGE} when left out.")] = None,
+    cursor: Annotated[str | None, QueryParameter(description="`next_cursor` of the page before, with the same filters.")] = None,
 ) -> AuditList:
     """Who did what to which file, and when. Filters combine."""
     services = services_of(request)

@@ -7,7 +7,7 @@ from uuid import UUID
 
 import msgspec
 from litestar import Request, Router, delete, get, post
-from litestar.params import Parameter
+from litestar.params import FromPath, QueryParameter
 
 from server import ledger
 from server.api.door import needs, principal_of, services_of
@@ -39,8 +39,8 @@ class TrashList(msgspec.Struct):
 @get("/trash", guards=[needs(Scope.FILES_READ)], before_request=known_query_only)
 async def list_trash(
     request: Http,
-    limit: Annotated[int | None, Parameter(ge=1, description=f"Files on the page; {DEFAULT_PAGE} when left out.")] = None,
-    cursor: Annotated[str | None, Parameter(description="`next_cursor` of the page before.")] = None,
+    limit: Annotated[int | None, QueryParameter(ge=1, description=f"Files on the page; {DEFAULT_PAGE} when left out.")] = None,
+    cursor: Annotated[str | None, QueryParameter(description="`next_cursor` of the page before.")] = None,
 ) -> TrashList:
     """What is in the user's trash. It counts against the quota, and cannot be read until it is restored."""
     services, principal = services_of(request), principal_of(request)
@@ -53,13 +53,13 @@ async def list_trash(
 
 
 @post("/files/{file_id:uuid}/restore", guards=[needs(Scope.FILES_WRITE)], status_code=200)
-async def restore_file(request: Http, file_id: UUID) -> FileAnswer:
+async def restore_file(request: Http, file_id: FromPath[UUID]) -> FileAnswer:
     """Takes a file out of the trash. One that is not in it stays as it is. Its links do not come back."""
     return file_json(await ledger.restore_file(services_of(request).db, principal_of(request).owner, file_id))
 
 
 @delete("/trash/{file_id:uuid}", guards=[needs(Scope.FILES_WRITE)])
-async def delete_from_trash(request: Http, file_id: UUID) -> None:
+async def delete_from_trash(request: Http, file_id: FromPath[UUID]) -> None:
     """Deletes a file in the trash for good. Its quota is free when this is answered."""
     if not await services_of(request).intake.delete_from_trash(principal_of(request).owner, [file_id]):
         raise NotFound

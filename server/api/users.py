@@ -6,7 +6,7 @@ from urllib.parse import unquote_to_bytes
 
 import msgspec
 from litestar import Request, Router, delete, get, put
-from litestar.params import Parameter
+from litestar.params import JSONBody, PathParameter, QueryParameter
 from msgspec import Meta
 
 from server import fields, ledger
@@ -18,7 +18,7 @@ from server.ledger import User
 _LARGEST_BIGINT = 2**63 - 1
 
 Http = Request[Any, Any, Any]
-UserId = Annotated[str, Parameter(description="The user's id, percent-encoded: `user/a` is `user%2Fa`.")]
+UserId = Annotated[str, PathParameter(description="The user's id, percent-encoded: `user/a` is `user%2Fa`.")]
 
 
 class UserAnswer(msgspec.Struct, kw_only=True):
@@ -56,8 +56,8 @@ class QuotaChange(msgspec.Struct, forbid_unknown_fields=True):
 @get("/", before_request=known_query_only)
 async def list_users(
     request: Http,
-    limit: Annotated[int | None, Parameter(ge=1, description=f"Users on the page; {DEFAULT_PAGE} when left out.")] = None,
-    cursor: Annotated[str | None, Parameter(description="`next_cursor` of the page before.")] = None,
+    limit: Annotated[int | None, QueryParameter(ge=1, description=f"Users on the page; {DEFAULT_PAGE} when left out.")] = None,
+    cursor: Annotated[str | None, QueryParameter(description="`next_cursor` of the page before.")] = None,
 ) -> UserList:
     """All users, in the order of their ids."""
     services = services_of(request)
@@ -73,7 +73,7 @@ async def show_user(request: Http, user_id: UserId) -> UserAnswer:
 
 
 @put("/{user_id:str}/quota")
-async def set_quota(request: Http, user_id: UserId, data: QuotaChange) -> UserAnswer:
+async def set_quota(request: Http, user_id: UserId, data: JSONBody[QuotaChange]) -> UserAnswer:
     """Sets a user's quota, and makes the user if there is none. A quota below what is used only blocks new bytes."""
     return _answer(await ledger.set_quota(services_of(request).db, decoded(user_id), data.max_bytes))
 

@@ -6,7 +6,7 @@ from uuid import UUID
 
 import msgspec
 from litestar import Request, Router, delete, get, post
-from litestar.params import Parameter
+from litestar.params import FromPath, JSONBody, QueryParameter
 from msgspec import Meta
 
 from server import ledger
@@ -110,7 +110,7 @@ class RedeliveryAnswer(msgspec.Struct):
 
 
 @post("/", status_code=201)
-async def create_webhook(request: Http, data: WebhookWish) -> NewWebhookAnswer:
+async def create_webhook(request: Http, data: JSONBody[WebhookWish]) -> NewWebhookAnswer:
     """An endpoint that is told of events from now on, signed by Standard Webhooks with the `secret` of this answer."""
     services = services_of(request)
     rules = Rules.from_settings(services.settings)
@@ -128,19 +128,19 @@ async def list_webhooks(request: Http) -> WebhookList:
 
 
 @get("/{webhook_id:uuid}")
-async def show_webhook(request: Http, webhook_id: UUID) -> WebhookAnswer:
+async def show_webhook(request: Http, webhook_id: FromPath[UUID]) -> WebhookAnswer:
     """One endpoint."""
     return _answer(await ledger.get_webhook_endpoint(services_of(request).db, webhook_id))
 
 
 @delete("/{webhook_id:uuid}")
-async def delete_webhook(request: Http, webhook_id: UUID) -> None:
+async def delete_webhook(request: Http, webhook_id: FromPath[UUID]) -> None:
     """Tells an endpoint nothing any more, not even what is outstanding."""
     await ledger.delete_webhook_endpoint(services_of(request).db, webhook_id)
 
 
 @post("/{webhook_id:uuid}/rotate-secret", status_code=200)
-async def rotate_secret(request: Http, webhook_id: UUID, data: RotationWish) -> SecretAnswer:
+async def rotate_secret(request: Http, webhook_id: FromPath[UUID], data: JSONBody[RotationWish]) -> SecretAnswer:
     """A new secret. For the overlap both sign each event, so that a receiver with either takes it."""
     return SecretAnswer(*await rotate(services_of(request).db, webhook_id, data.overlap_seconds))
 
@@ -148,9 +148,9 @@ async def rotate_secret(request: Http, webhook_id: UUID, data: RotationWish) -> 
 @get("/{webhook_id:uuid}/dead-letters", before_request=known_query_only)
 async def list_dead_letters(
     request: Http,
-    webhook_id: UUID,
-    limit: Annotated[int | None, Parameter(ge=1, description=f"Dead letters on the page; {DEFAULT_PAGE} when left out.")] = None,
-    cursor: Annotated[str | None, Parameter(description="`next_cursor` of the page before.")] = None,
+    webhook_id: FromPath[UUID],
+    limit: Annotated[int | None, QueryParameter(ge=1, description=f"Dead letters on the page; {DEFAULT_PAGE} when left out.")] = None,
+    cursor: Annotated[str | None, QueryParameter(description="`next_cursor` of the page before.")] = None,
 ) -> DeadLetterList:
     """Events that the endpoint was never told. They are kept for 30 days."""
     services = services_of(request)
@@ -160,7 +160,7 @@ async def list_dead_letters(
 
 
 @post("/{webhook_id:uuid}/redeliver", status_code=200)
-async def redeliver(request: Http, webhook_id: UUID, data: RedeliveryWish) -> RedeliveryAnswer:
+async def redeliver(request: Http, webhook_id: FromPath[UUID], data: JSONBody[RedeliveryWish]) -> RedeliveryAnswer:
     """Sends dead letters again, for another three days if need be; up to 1,000 at once. They come after what was told meanwhile."""
     services = services_of(request)
     await ledger.get_webhook_endpoint(services.db, webhook_id)
@@ -170,8 +170,8 @@ async def redeliver(request: Http, webhook_id: UUID, data: RedeliveryWish) -> Re
 @get("/callbacks/dead-letters", before_request=known_query_only)
 async def list_dead_callbacks(
     request: Http,
-    limit: Annotated[int | None, Parameter(ge=1, description=f"Dead letters on the page; {DEFAULT_PAGE} when left out.")] = None,
-    cursor: Annotated[str | None, Parameter(description="`next_cursor` of the page before.")] = None,
+    limit: Annotated[int | None, QueryParameter(ge=1, description=f"Dead letters on the page; {DEFAULT_PAGE} when left out.")] = None,
+    cursor: Annotated[str | None, QueryParameter(description="`next_cursor` of the page before.")] = None,
 ) -> DeadLetterList:
     """Ends of generation jobs, of all users, that the callbacks which they name were never told. They are kept for 30 days."""
     services = services_of(request)
@@ -180,7 +180,7 @@ async def list_dead_callbacks(
 
 
 @post("/callbacks/redeliver", status_code=200)
-async def redeliver_callbacks(request: Http, data: RedeliveryWish) -> RedeliveryAnswer:
+async def redeliver_callbacks(request: Http, data: JSONBody[RedeliveryWish]) -> RedeliveryAnswer:
     """Tells callbacks that were given up again, for another three days if need be; up to 1,000 at once."""
     services = services_of(request)
     return RedeliveryAnswer(await ledger.redeliver_callbacks(services.db, data.ids, MOST_REDELIVERED_AT_ONCE))

@@ -2,7 +2,6 @@
 
 import socket
 import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -13,13 +12,10 @@ import uvicorn
 
 from server.api import accounting, express
 from server.api.pace import PatientProtocol
+from server.app import assemble
 from server.settings import Settings
 from tests.serving import DEFAULTS, RunningServer
 from tests.waiting import until
-
-with warnings.catch_warnings():  # Litestar 2 warns of what 3 will want, as its application is defined
-    warnings.simplefilter("ignore", DeprecationWarning)
-    from server.app import assemble
 
 MIB = 2**20
 

@@ -18,8 +18,6 @@ from tests.samples import image
 from tests.serving import RunningServer, ServerFactory, SharedServer
 from tests.waiting import until
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
 SMALL, LARGE = image(20_000), image(2**21 - 1, seed=1)
 DIFFERING = {"date", "x-request-id"}
 

@@ -28,8 +28,6 @@ from tests.samples import image
 from tests.serving import RunningServer, SharedServer, execute
 from tests.waiting import until
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
 SMALL, LARGE = image(20_000), image(3 * 2**20, seed=1)
 VARYING = {"date", "x-request-id", "ratelimit"}
 ROUTE = "/api/files/{file_id}/download"

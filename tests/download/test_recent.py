@@ -22,7 +22,7 @@ from tests.waiting import until
 LATER = 4_000_000_000
 BODY = image(100_000)
 
-pytestmark = [pytest.mark.anyio, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+pytestmark = pytest.mark.anyio
 
 
 class Kept:

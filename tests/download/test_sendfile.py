@@ -30,8 +30,6 @@ from tests.samples import image
 from tests.serving import RunningServer, SharedServer
 from tests.waiting import until
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
 MIB = 2**20
 SMALL, LARGE = image(200_000), image(3 * TURN_BYTES + 5, seed=1)
 

@@ -10,8 +10,6 @@ from tests.previews.conftest import WorkerFactory
 from tests.previews.test_links import link, ready, stored
 from tests.serving import RunningServer
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
 
 def test_previews_are_remembered_and_end_with_their_original(
     server: RunningServer, start_worker: WorkerFactory, monkeypatch: pytest.MonkeyPatch

@@ -4,7 +4,6 @@ import asyncio
 import dataclasses
 import os
 import signal
-import warnings
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -12,19 +11,16 @@ from typing import Any
 import pytest
 
 from server import ledger
+from server.api.events import follow
 from server.api.services import Services
 from server.api.streams import Streams
+from server.app import assemble
 from server.auth import NewApiKey, Scope
 from server.ledger import Database, Notices
 from server.settings import Settings
 from tests.serving import DEFAULTS
 
-with warnings.catch_warnings():  # Litestar 2 warns of what 3 will want, as its application is defined
-    warnings.simplefilter("ignore", DeprecationWarning)
-    from server.api.events import follow
-    from server.app import assemble
-
-pytestmark = [pytest.mark.anyio, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+pytestmark = pytest.mark.anyio
 
 HELLO, HEARTBEAT = b"retry: 2000\n\n", b":\n\n"
 
