@@ -17,27 +17,28 @@ from server.ledger.models import JobState, SourceType
 
 LARGEST_JSON_BYTES = 2**20  # the longest honest body, names and metadata written as escapes, is under 0.5 MiB
 
+DESCRIBED: list[openapi.Handler] = [
+    files.router,
+    trash.router,
+    links.router,
+    storage.router,
+    generate.router,
+    presets.router,
+    compose.router,
+    media.router,
+    users.router,
+    trail.router,
+    webhooks.router,
+    assets.router,
+    *health.handlers,
+]
+
 
 def build(services: Services) -> ASGIApp:
     """The application over these services. It needs no start-up of its own."""
-    described: list[openapi.Handler] = [
-        files.router,
-        trash.router,
-        links.router,
-        storage.router,
-        generate.router,
-        presets.router,
-        compose.router,
-        media.router,
-        users.router,
-        trail.router,
-        webhooks.router,
-        assets.router,
-        *health.handlers,
-    ]
-    describing = openapi.handlers(described) if services.settings.schema_documentation else []
+    describing = openapi.handlers(DESCRIBED) if services.settings.schema_documentation else []
     app = Litestar(
-        route_handlers=[*described, *describing],
+        route_handlers=[*DESCRIBED, *describing],
         state=State({"services": services}),
         request_class=StrictRequest,
         exception_handlers={Exception: _pass_on},

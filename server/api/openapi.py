@@ -6,6 +6,7 @@ acts for, and the shape of failures.
 
 import html
 from collections.abc import Iterator
+from copy import deepcopy
 from functools import cache
 from typing import Any
 
@@ -128,7 +129,7 @@ def describe(described: list[Handler]) -> Json:
             _header("Idempotency-Key", "Requests with the same key register one job, however often they are repeated.")
         )
     for path, operations in _BYTE_ROUTES.items():
-        description["paths"].setdefault(path, {}).update(operations)
+        description["paths"].setdefault(path, {}).update(deepcopy(operations))  # they are completed below
     for path, _, operation in _operations(description):
         _complete(path, operation)
     description["paths"] = dict(sorted(description["paths"].items()))

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import httpx
 
+from server.api.application import DESCRIBED
+from server.api.openapi import describe
 from tests.serving import RunningServer, ServerFactory
 
 ROUTES = {
@@ -97,6 +99,10 @@ def test_every_route_is_described(api: RunningServer) -> None:
     text = json.dumps(description)
     for reference in set(re.findall(r'"#/components/(\w+)/(\w+)"', text)):
         assert reference[1] in description["components"][reference[0]], reference
+
+
+def test_it_is_the_same_each_time_that_it_is_made() -> None:
+    assert describe(DESCRIBED) == describe(DESCRIBED)
 
 
 def test_browsers_get_a_page_that_needs_nothing_from_elsewhere(api: RunningServer) -> None:
