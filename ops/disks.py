@@ -152,7 +152,7 @@ def unmount(place: Place) -> None:
     if os.path.ismount(place.mount):
         unmounted = subprocess.run(["umount", place.mount], capture_output=True, text=True, check=False)
         if unmounted.returncode:
-            raise CommandFailed(f"{unmounted.stderr.strip()}: stop Coffer's server and worker first", Exit.REFUSED)
+            raise CommandFailed(f"{unmounted.stderr.strip()}: stop Coffer's server and worker, and restart nginx, first", Exit.REFUSED)
     if place.fstab.exists():
         lines = place.fstab.read_text().splitlines()
         kept = [line for line in lines if line.split()[1:2] != [_in_fstab(place.mount)] or line.lstrip().startswith("#")]

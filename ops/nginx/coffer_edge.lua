@@ -12,6 +12,7 @@ local base64 = require "ngx.base64"
 local C = ffi.C
 local byte, find, format, gsub, match, sub = string.byte, string.find, string.format, string.gsub, string.match, string.sub
 local var, header, now = ngx.var, ngx.header, ngx.now
+local band = require("bit").band
 
 -- libcrypto is part of nginx's own process, for TLS. Lua itself has no SHA-256, and no comparison in constant time.
 ffi.cdef [[
@@ -25,6 +26,10 @@ int CRYPTO_memcmp(const void *a, const void *b, size_t len);
 typedef struct { uint64_t flags; uint64_t mode; uint64_t resolve; } coffer_open_how;
 long syscall(long number, long directory, const char *path, const coffer_open_how *how, size_t how_size);
 int64_t lseek(int fd, int64_t offset, int whence);
+typedef struct {
+    uint32_t mask, block_size; uint64_t attributes; uint32_t links, user, group; uint16_t mode, spare; uint64_t inode, size; char more[208];
+} coffer_statx;
+int statx(int directory, const char *path, int flags, unsigned int mask, coffer_statx *found);
 int close(int fd);
 unsigned char *ngx_hex_dump(unsigned char *to, const unsigned char *from, size_t length);
 ]]
@@ -35,7 +40,9 @@ local LONGEST_TOKEN, LONGEST_SEGMENT = 512, 255
 local STALE_SECONDS = 5  -- the server writes its state each second; past this, nobody knows whose links were revoked
 local READ_SECONDS = 0.25
 local USED_SECONDS = 3600  -- as often as the server notes that a preview is used (get_linked_preview)
+local WALK_SECONDS = 1  -- for so long the directories on a file's way are believed to be no symbolic links
 local SEEK_END = 2
+local AT_SYMLINK_NOFOLLOW, STATX_TYPE_AND_SIZE, S_IFMT, S_IFREG = 0x100, 0x201, 0xf000, 0x8000
 local SYS_OPENAT2, AT_FDCWD = 437, -100  -- the same number on every architecture
 
 local M = {}
@@ -137,8 +144,17 @@ end
 -- RESOLVE_NO_MAGICLINKS | RESOLVE_NO_SYMLINKS; O_RDONLY | O_NONBLOCK | O_CLOEXEC: a pipe in a file's place must not hold up everybody.
 local how = ffi.new("coffer_open_how", { flags = 0x80800, resolve = 0x06 })
 
--- The length of a file, or nil where it cannot be opened without following a symbolic link.
-local function size_of(path)
+local found = ffi.new("coffer_statx")
+
+-- The length of a file, or nil where it cannot be opened without following a symbolic link. Whether one is on the way takes two calls more
+-- than how the file itself is; `is_walked` spares them.
+local function size_of(path, is_walked)
+    if is_walked then
+        if C.statx(AT_FDCWD, path, AT_SYMLINK_NOFOLLOW, STATX_TYPE_AND_SIZE, found) ~= 0 or band(found.mode, S_IFMT) ~= S_IFREG then
+            return nil
+        end
+        return tonumber(found.size)
+    end
     local fd = tonumber(C.syscall(SYS_OPENAT2, AT_FDCWD, path, how, ffi.sizeof(how)))
     if fd < 0 then
         return nil
@@ -238,6 +254,7 @@ local function verified(uri)
     local sha256 = sub(said, 35, 66)
     local link = {
         expires_at = number(said, 3),
+        walked_at = 0,
         user_directory = user_directory,
         epoch = number(said, 15),
         volume = volume,
@@ -296,17 +313,23 @@ local function settle()
     end
     local link = known_link(var.request_uri)
     local instant = now()
-    if not link or link.expires_at <= instant or instant - known_at > STALE_SECONDS or link.epoch ~= (epochs[link.user_directory] or 0)
-        or size_of(link.volume .. link.original) ~= link.size then
+    if not link or link.expires_at <= instant or instant - known_at > STALE_SECONDS or link.epoch ~= (epochs[link.user_directory] or 0) then
+        return false
+    end
+    local is_walked = instant >= link.walked_at and instant < link.walked_at + WALK_SECONDS
+    if size_of(link.volume .. link.original, is_walked) ~= link.size then
         return false
     end
     local path, size = link.original, link.size
     if link.preview then
         -- The original is there under its generation, and that is what revokes; now its preview.
-        path, size = link.preview, size_of(link.volume .. link.preview)
+        path, size = link.preview, size_of(link.volume .. link.preview, is_walked)
         if not size or (link.on_demand and used:add(link.preview, true, USED_SECONDS)) then
             return false  -- the second: once an hour the server is asked, which notes that it is used, so that others give way
         end
+    end
+    if not is_walked then
+        link.walked_at = instant
     end
     local unchanged, part = false, false
     -- nginx must never judge these two, not even when they are empty, which in Lua alone is not the same as absent: it would answer 412.

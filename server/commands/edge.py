@@ -293,7 +293,6 @@ def _accel_locations(volumes: Mapping[str, str]) -> Iterable[str]:
             "    sendfile on;",
             "    sendfile_max_chunk 2m;",
             "    tcp_nopush on;",
-            "    open_file_cache off;",
             "    etag off;",
             "    if_modified_since off;",
             "    max_ranges 1;",

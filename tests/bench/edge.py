@@ -29,7 +29,7 @@ from tests.edge.nginx import Nginx
 
 CLIENTS, MANY_CLIENTS = 8, 32
 ROUND_SECONDS = 1
-ROUNDS = 7
+ROUNDS = 15
 MIXED_SECONDS = 5
 MIXED_UPLOADS, MIXED_UPLOAD_BYTES = 4, 32 * MIB
 DISTINCT_LINKS = 10_000  # more than nginx remembers

@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -93,6 +94,15 @@ class Nginx:
     def pid(self) -> int:
         """The master's."""
         return int((self.directory / "pid").read_text())
+
+    def holds(self, path: Path) -> bool:
+        """Whether a worker has the file open, be its name gone or not."""
+        workers = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        for descriptor in (each for worker in workers for each in Path(f"/proc/{worker}/fd").iterdir()):
+            with suppress(FileNotFoundError):  # closed meanwhile
+                if str(descriptor.readlink()) in {str(path), f"{path} (deleted)"}:
+                    return True
+        return False
 
 
 class Edge:

@@ -5,7 +5,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from server.vault.layout import preview_path
 from tests.edge.make_vectors import BAD_PREVIEWS, BODY, KEYS, VECTORS, Vector
 from tests.edge.nginx import Nginx
 from tests.edge.stub import stubbed_nginx
+from tests.waiting import until
 
 PREVIEW = b"a preview of any length"
 
@@ -126,11 +127,50 @@ def test_nginx_decides_so(nginx: Nginx) -> None:
             assert asked(nginx.port, vector.path) == (299, b"passed")
         status, body = asked(nginx.port, vector.path)
         if vector.verdict == "served":
-            right = status == 200 and body in (BODY, PREVIEW)
+            right = status == 200 and body in (BODY, PREVIEW) and asked(nginx.port, vector.path) == (status, body)
         else:
             # Passed on, or what nginx itself does not take for a request of HTTP, such as a NUL or a line that is too long.
             right = status == 299 or (status in {400, 414} and not body.startswith((BODY, PREVIEW)))
         if not right:
             wrong.append((vector, status, body[:50]))
     assert not wrong, wrong[:10]
-    assert nginx.counted("answered") == sum(vector.verdict == "served" for vector in read())
+    assert nginx.counted("answered") == 2 * sum(vector.verdict == "served" for vector in read())
+
+
+def test_what_takes_a_files_place_is_not_sent(nginx: Nginx, tmp_path: Path) -> None:
+    """Not even while the way to the file is believed to lead through no symbolic link."""
+    vector = next(each for each in read() if each.verdict == "served")
+    link = server_takes(vector.path)
+    assert link is not None
+    path = tmp_path / "volume" / link.file_path
+    target = path.with_name("0123456789")  # so that the link to it is as long as the file
+    target.write_bytes(BODY)
+    put: dict[str, Callable[[], object]] = {
+        "a symbolic link": lambda: path.symlink_to(target.name),
+        "a pipe": lambda: os.mkfifo(path),
+        "a directory": path.mkdir,
+        "a shorter file": lambda: path.write_bytes(BODY[1:]),
+        "nothing": lambda: None,
+    }
+    sent = {}
+    for name, take_its_place in put.items():
+        assert asked(nginx.port, vector.path) == (200, BODY)
+        path.rename(tmp_path / "aside")
+        take_its_place()
+        sent[name] = asked(nginx.port, vector.path)
+        if path.is_dir():
+            path.rmdir()
+        (tmp_path / "aside").replace(path)
+    assert len(target.name) == len(BODY)
+    assert sent == dict.fromkeys(put, (299, b"passed"))
+
+
+def test_a_directory_that_becomes_a_symbolic_link_is_noticed(nginx: Nginx, tmp_path: Path) -> None:
+    vector = next(each for each in read() if each.verdict == "served")
+    link = server_takes(vector.path)
+    assert link is not None
+    assert asked(nginx.port, vector.path) == (200, BODY)
+    user = tmp_path / "volume" / "users" / link.user_directory
+    user.rename(tmp_path / "elsewhere")
+    user.symlink_to(tmp_path / "elsewhere")
+    until(lambda: asked(nginx.port, vector.path) == (299, b"passed"))
