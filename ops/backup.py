@@ -29,7 +29,7 @@ from server.ledger import audit as rows
 from server.ledger import backups
 from server.ledger.backups import Moment
 from server.vault import Volume, inventory
-from server.vault.layout import PREVIEWS, USERS, WITHHELD
+from server.vault.layout import PREVIEWS, USERS, WITHHELD, is_previews
 
 _RENEW_SECONDS = 30.0
 _TRY_AGAIN_SECONDS = 2.0
@@ -170,7 +170,7 @@ class Backup:
         ids = {name: UUID(name.rsplit("/", 1)[1][:36]) for name in names.values() if inventory.is_stored(name)}
         wanted = {file.file_path for file in await rows.get_stored(self._desk.db, list(ids.values())) if file.damaged_at is None}
         for path, name in names.items():
-            if name in wanted or (name not in ids and f"/{PREVIEWS}/" not in name):
+            if name in wanted or (name not in ids and not is_previews(name)):
                 text = f"{path} could not be read and is not in this backup"
                 self._desk.found(
                     Finding(kind="file_unread", state="look", text=text, volume_id=volume.id, path=name, command="coffer audit")

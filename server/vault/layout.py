@@ -60,7 +60,7 @@ def checked_previews(path: str) -> str:
 
 def is_previews(path: str) -> bool:
     """Whether a path is that of a directory of previews, or of a preview in it."""
-    return f"/{PREVIEWS}/" in path
+    return path.split("/", 3)[2:3] == [PREVIEWS]  # a user, too, may be called so
 
 
 def checked_preview_name(name: str) -> str:

@@ -33,6 +33,17 @@ def test_every_size_comes_back_byte_for_byte(server: RunningServer, size: int) -
     assert server.stored_files() == {hashlib.sha256(body).hexdigest()}
 
 
+@pytest.mark.parametrize("user", ["previews", "users", "quarantine"])
+def test_a_user_may_be_called_as_our_directories_are(server: RunningServer, user: str) -> None:
+    with server.client(user) as client:
+        file = client.post("/api/files/upload", content=image(1_000)).json()
+        assert client.get(f"/api/files/{file['id']}/download").content == image(1_000)
+        assert client.put(f"/api/files/{file['id']}/content", content=image(2_000)).status_code == 200
+        assert client.get(f"/api/files/{file['id']}/download").content == image(2_000)
+        assert client.delete(f"/api/files/{file['id']}").status_code == 204
+    assert server.stored_files() == set()
+
+
 @pytest.mark.parametrize("size", [1_000, 3 * MIB])
 def test_an_undeclared_length_is_as_good(server: RunningServer, size: int) -> None:
     body = video(size)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.vault.layout import checked, stored_path, user_directory
+from server.vault.layout import checked, checked_readable, is_previews, preview_path, stored_path, user_directory
 
 FILE_ID = UUID("0190a0b0-0000-7000-8000-000000000001")
 
@@ -41,3 +41,11 @@ def test_a_plain_id_is_its_own_directory_and_a_strange_one_cannot_imitate_it() -
 def test_a_row_changed_by_hand_leads_nowhere(path: str) -> None:
     with pytest.raises(ValueError, match="not the path"):
         checked(path)
+
+
+def test_a_user_may_be_called_as_our_directories_are() -> None:
+    for user_id in ("previews", "users", "images", "incoming"):
+        path = stored_path(user_id, "image", FILE_ID, 1, "png")
+        assert checked_readable(path) == path and not is_previews(path)
+        previews = preview_path(path, FILE_ID, "320.webp")
+        assert checked_readable(previews) == previews and is_previews(previews)
