@@ -25,9 +25,9 @@ int EVP_MAC_final(void *ctx, unsigned char *out, size_t *outl, size_t outsize);
 int CRYPTO_memcmp(const void *a, const void *b, size_t len);
 typedef struct { uint64_t flags; uint64_t mode; uint64_t resolve; } coffer_open_how;
 long syscall(long number, long directory, const char *path, const coffer_open_how *how, size_t how_size);
-int64_t lseek(int fd, int64_t offset, int whence);
 typedef struct {
-    uint32_t mask, block_size; uint64_t attributes; uint32_t links, user, group; uint16_t mode, spare; uint64_t inode, size; char more[208];
+    uint32_t mask, block_size; uint64_t attributes; uint32_t links, user, group; uint16_t mode, spare; uint64_t inode, size, blocks, known;
+    int64_t read_at[2], made_at[2], changed_at, changed_at_fraction; char more[144];
 } coffer_statx;
 int statx(int directory, const char *path, int flags, unsigned int mask, coffer_statx *found);
 int close(int fd);
@@ -41,8 +41,8 @@ local STALE_SECONDS = 5  -- the server writes its state each second; past this, 
 local READ_SECONDS = 0.25
 local USED_SECONDS = 3600  -- as often as the server notes that a preview is used (get_linked_preview)
 local WALK_SECONDS = 1  -- for so long the directories on a file's way are believed to be no symbolic links
-local SEEK_END = 2
-local AT_SYMLINK_NOFOLLOW, STATX_TYPE_AND_SIZE, S_IFMT, S_IFREG = 0x100, 0x201, 0xf000, 0x8000
+local YOUNG_SECONDS = 2  -- twice as long as nginx believes that a name means the file that it has open (open_file_cache_valid)
+local AT_SYMLINK_NOFOLLOW, STATX_TYPE_CTIME_SIZE, S_IFMT, S_IFREG = 0x100, 0x281, 0xf000, 0x8000
 local SYS_OPENAT2, AT_FDCWD = 437, -100  -- the same number on every architecture
 
 local M = {}
@@ -141,27 +141,24 @@ end
 
 -- Files
 
--- RESOLVE_NO_MAGICLINKS | RESOLVE_NO_SYMLINKS; O_RDONLY | O_NONBLOCK | O_CLOEXEC: a pipe in a file's place must not hold up everybody.
-local how = ffi.new("coffer_open_how", { flags = 0x80800, resolve = 0x06 })
-
+-- RESOLVE_NO_MAGICLINKS | RESOLVE_NO_SYMLINKS; O_PATH | O_CLOEXEC.
+local how = ffi.new("coffer_open_how", { flags = 0x280000, resolve = 0x06 })
 local found = ffi.new("coffer_statx")
 
--- The length of a file, or nil where it cannot be opened without following a symbolic link. Whether one is on the way takes two calls more
--- than how the file itself is; `is_walked` spares them.
-local function size_of(path, is_walked)
-    if is_walked then
-        if C.statx(AT_FDCWD, path, AT_SYMLINK_NOFOLLOW, STATX_TYPE_AND_SIZE, found) ~= 0 or band(found.mode, S_IFMT) ~= S_IFREG then
+-- The length of a file, and when it or its name last changed; nil where there is none, or only past a symbolic link. Whether one is on the
+-- way takes twice as long as how the file itself is; `is_walked` spares it.
+local function look(path, is_walked)
+    if not is_walked then
+        local fd = tonumber(C.syscall(SYS_OPENAT2, AT_FDCWD, path, how, ffi.sizeof(how)))
+        if fd < 0 then
             return nil
         end
-        return tonumber(found.size)
+        C.close(fd)
     end
-    local fd = tonumber(C.syscall(SYS_OPENAT2, AT_FDCWD, path, how, ffi.sizeof(how)))
-    if fd < 0 then
+    if C.statx(AT_FDCWD, path, AT_SYMLINK_NOFOLLOW, STATX_TYPE_CTIME_SIZE, found) ~= 0 or band(found.mode, S_IFMT) ~= S_IFREG then
         return nil
     end
-    local size = tonumber(C.lseek(fd, 0, SEEK_END))
-    C.close(fd)
-    return size
+    return tonumber(found.size), tonumber(found.changed_at)
 end
 
 -- Conditions and ranges
@@ -317,15 +314,22 @@ local function settle()
         return false
     end
     local is_walked = instant >= link.walked_at and instant < link.walked_at + WALK_SECONDS
-    if size_of(link.volume .. link.original, is_walked) ~= link.size then
+    if look(link.volume .. link.original, is_walked) ~= link.size then
         return false
     end
     local path, size = link.original, link.size
     if link.preview then
         -- The original is there under its generation, and that is what revokes; now its preview.
-        path, size = link.preview, size_of(link.volume .. link.preview, is_walked)
-        if not size or (link.on_demand and used:add(link.preview, true, USED_SECONDS)) then
-            return false  -- the second: once an hour the server is asked, which notes that it is used, so that others give way
+        local changed_at
+        path = link.preview
+        size, changed_at = look(link.volume .. path, is_walked)
+        -- New contents get previews of the same names, and nginx may have the old one open.
+        if not size or changed_at > instant - YOUNG_SECONDS then
+            return false
+        end
+        -- Once an hour the server is asked, which notes that it is used, so that others give way.
+        if link.on_demand and used:add(link.preview, true, USED_SECONDS) then
+            return false
         end
     end
     if not is_walked then

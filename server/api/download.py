@@ -17,6 +17,7 @@ from server.delivery.headers import Disposition
 from server.errors import InvalidRequest
 from server.ledger import File
 from server.settings import Settings
+from server.vault.layout import is_previews
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -51,16 +52,19 @@ def sends_unread(settings: Settings, scope: MutableMapping[str, Any]) -> bool:
     return EXTENSION in scope.get("extensions", ()) or nginx_sends(settings, scope)
 
 
-def nginx_sends(settings: Settings, scope: MutableMapping[str, Any]) -> bool:
-    """Whether the bytes may be left to nginx. Where they lie is told to nobody but a trusted proxy.
+def nginx_sends(settings: Settings, scope: MutableMapping[str, Any], path: str = "") -> bool:
+    """Whether the bytes may be left to nginx; those of a stored `path`, if it is known.
 
-    nginx takes care of `Range` and `If-Range` by itself: what lies under a path never changes. But it would judge these two once more, by
-    the file's date, so requests that have them are answered here.
+    Where they lie is told to nobody but a trusted proxy. nginx takes care of `Range` and `If-Range` by itself: what lies under a path never
+    changes. But it would judge two other conditions once more, by the file's date, so requests that have them are answered here. So are
+    previews: under the name of one lies another once its original's contents are replaced, and nginx may have the old one open still
+    (decisions/0016).
     """
     return bool(
         settings.accel_redirect_prefix
         and scope.get("state", {}).get(BY_PROXY)
         and _JUDGED_BY_NGINX.isdisjoint(name for name, _ in scope["headers"])
+        and not is_previews(path)
     )
 
 
@@ -79,7 +83,7 @@ async def send_answer(services: Services, answer: Answer, scope: MutableMapping[
         if answer.body is None:
             await send(start)
             await send({"type": "http.response.body", "body": b""})
-        elif nginx_sends(services.settings, scope):
+        elif nginx_sends(services.settings, scope, answer.body.path):
             start["status"], start["headers"] = 200, by_nginx(services.settings, answer.body, headers)
             await send(start)
             await send({"type": "http.response.body", "body": b""})

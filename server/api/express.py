@@ -106,7 +106,7 @@ class Express:
         began = time.perf_counter()
         scope["path"] = path
         self._proxies.settle(scope)
-        is_nginxs = nginx_sends(self._services.settings, scope)
+        is_nginxs = nginx_sends(self._services.settings, scope, recent.path)
         if not is_nginxs and not is_resident(recent.file.fd, 0, recent.size_bytes):
             return None
         try:

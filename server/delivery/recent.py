@@ -28,7 +28,7 @@ class Recent:
     _headers: list[tuple[str, str]]
     _cache_control: Callable[[], str]
     _volume_id: UUID
-    _path: str
+    path: str
     _expires_at: int  # the link's end, in Unix seconds
     _kept_until: float
     _stamps: list[tuple[Handle, tuple[int, int]]]  # of the file, and of a preview's original
@@ -37,7 +37,7 @@ class Recent:
         """The answer as it would be given at this moment."""
         fresh = ("cache-control", self._cache_control())
         headers = [fresh if each[0] == "cache-control" else each for each in self._headers]
-        return Answer(200, headers, Body(self.file, 0, self.size_bytes, b"", self._volume_id, self._path))
+        return Answer(200, headers, Body(self.file, 0, self.size_bytes, b"", self._volume_id, self.path))
 
     def holds_at(self, now: float) -> bool:
         """Whether it is still the answer, `now` by the clock of its `RecentLinks`."""
@@ -100,7 +100,7 @@ class RecentLinks:
             _headers=answer.headers,
             _cache_control=cache_control,
             _volume_id=body.volume_id,
-            _path=body.path,
+            path=body.path,
             _expires_at=expires_at,
             _kept_until=asked_at + KEPT_SECONDS,
             _stamps=[(each, _stamp(each)) for each in (file, original) if each is not None],

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -37,6 +38,11 @@ def server_takes(path: str) -> LinkedFile | None:
 def is_made_on_demand(vector: Vector) -> bool:
     link = server_takes(vector.path)
     return link is not None and Variant.of_name(link.preview or "") is not None
+
+
+def is_preview(vector: Vector) -> bool:
+    link = server_takes(vector.path)
+    return link is not None and link.preview is not None
 
 
 def read() -> list[Vector]:
@@ -102,6 +108,8 @@ def put_files(volume: Path) -> None:
 def nginx(tmp_path: Path) -> Iterator[Nginx]:
     """In front of nothing but a voice that says that a request was passed on."""
     put_files(tmp_path / "volume")
+    newest = max(path.stat().st_ctime for path in (tmp_path / "volume").glob("users/*/previews/*/*"))
+    until(lambda: time.time() > newest + 3)  # younger ones are the server's
     nginx = stubbed_nginx(tmp_path, "return 299 passed;")
     nginx.start()
     yield nginx
@@ -174,3 +182,18 @@ def test_a_directory_that_becomes_a_symbolic_link_is_noticed(nginx: Nginx, tmp_p
     user.rename(tmp_path / "elsewhere")
     user.symlink_to(tmp_path / "elsewhere")
     until(lambda: asked(nginx.port, vector.path) == (299, b"passed"))
+
+
+def test_a_preview_that_takes_anothers_place_is_never_sent_as_that(nginx: Nginx, tmp_path: Path) -> None:
+    """New contents get previews of the same names; nginx may have the old ones open."""
+    vector = next(each for each in read() if each.verdict == "served" and is_preview(each) and not is_made_on_demand(each))
+    link = server_takes(vector.path)
+    assert link is not None and link.preview is not None
+    preview = tmp_path / "volume" / preview_path(link.file_path, link.id, link.preview)
+    until(lambda: asked(nginx.port, vector.path) == (200, PREVIEW) and nginx.holds(preview))
+    for number in range(20):
+        (tmp_path / "new").write_bytes(f"the preview number {number:02}".encode())
+        (tmp_path / "new").rename(preview)
+        for _ in range(5):
+            assert asked(nginx.port, vector.path) == (299, b"passed")
+    until(lambda: asked(nginx.port, vector.path) == (200, preview.read_bytes()))

@@ -313,3 +313,21 @@ def test_previews_are_served_while_the_database_is_away(start_server: ServerFact
         worker.kill()
         server.stop()
         postgres.stop()
+
+
+def test_previews_are_never_left_to_nginx(start_server: ServerFactory, tmp_path: Path) -> None:
+    """Which may have the one open that had the name before the contents were replaced."""
+    server = start_server(COFFER_ACCEL_REDIRECT_PREFIX="/coffer-files", COFFER_TRUSTED_PROXIES="127.0.0.1")
+    worker = BackgroundWorker(server, tmp_path / "worker.log", {}, stub_worker.main, ["0"])
+    through = {"X-Forwarded-For": "192.0.2.1"}
+    try:
+        with server.client("ada") as ada, httpx.Client(base_url=server.url, headers=through, timeout=40) as browser:
+            file_id = stored(ada)
+            ready(ada, file_id)
+            original, preview = ada.post(f"/api/files/{file_id}/link", json={}).json()["url"], link(ada, file_id, "320")
+            for _ in range(3):  # the second is answered where it is read
+                assert "x-accel-redirect" in browser.get(original).headers
+                shown = browser.get(preview)
+                assert "x-accel-redirect" not in shown.headers and len(shown.content) == 1_000
+    finally:
+        worker.kill()
