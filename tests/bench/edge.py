@@ -29,7 +29,7 @@ from tests.edge.nginx import Nginx
 
 CLIENTS, MANY_CLIENTS = 8, 32
 ROUND_SECONDS = 1
-ROUNDS = 15
+ROUNDS = 15  # thrice as many where the target is near: one round's ratio scatters by a sixth
 MIXED_SECONDS = 5
 MIXED_UPLOADS, MIXED_UPLOAD_BYTES = 4, 32 * MIB
 DISTINCT_LINKS = 10_000  # more than nginx remembers
@@ -63,8 +63,8 @@ def measure(stage: Stage) -> None:
             files[name] = f"http://127.0.0.1:{direct}/{_path(coffer, stored['id'])}"
             links[name] = f"http://127.0.0.1:{nginx.port}{_link(coffer, stored['id'])}"
         small = json.loads(Connection(coffer.port).ask(coffer.upload(_USER, "image/png"), bodies["4 KiB"], "stored"))
-        for name, at_least in (("4 KiB", 0.6), ("200 KiB", 0.95), ("5 MiB", 0.95), ("100 MiB", 0.95)):
-            _compare(nginx, name, files[name], links[name], at_least, by_bytes=len(bodies[name]) > MIB)
+        for name, at_least, rounds in (("4 KiB", 0.6, 1), ("200 KiB", 0.95, 3), ("5 MiB", 0.95, 1), ("100 MiB", 0.95, 1)):
+            _compare(nginx, name, files[name], links[name], at_least, by_bytes=len(bodies[name]) > MIB, rounds=rounds * ROUNDS)
         part = ("-H", f"Range: bytes={10 * MIB}-{10 * MIB + 999_999}")
         _compare(nginx, "1 MB of 100 MiB", files["100 MiB"], links["100 MiB"], 0.95, *part)
         rewritten = files["100 MiB"].replace("/users/", "/rewritten/")
@@ -82,7 +82,9 @@ def measure(stage: Stage) -> None:
             say(f"NOT MEASURED AS MEANT: nginx passed {nginx.counted('passed')} links to the server")
 
 
-def _compare(nginx: Nginx, name: str, direct: str, link: str, at_least: float | None, *options: str, by_bytes: bool = False) -> None:
+def _compare(
+    nginx: Nginx, name: str, direct: str, link: str, at_least: float | None, *options: str, by_bytes: bool = False, rounds: int = ROUNDS
+) -> None:
     def run(url: str, *options: str) -> Round:
         before = cpu_seconds(nginx.pid)
         outcome = wrk(url, *options)
@@ -92,7 +94,7 @@ def _compare(nginx: Nginx, name: str, direct: str, link: str, at_least: float | 
         return Round(rate, (cpu_seconds(nginx.pid) - before) / rate / ROUND_SECONDS)
 
     directly = options if "-H" in options else ()  # a script asks for paths of its own
-    found = interleave({f"{name}, direct": partial(run, direct, *directly), name: partial(run, link, *options)}, ROUNDS)
+    found = interleave({f"{name}, direct": partial(run, direct, *directly), name: partial(run, link, *options)}, rounds)
     table(found, "MiB/s" if by_bytes else "answers/s", f"CPU us/{'MiB' if by_bytes else 'answer'}", 1e6)
     # Of each round, because the machine's pace changes from one to the next.
     ratios = [edge.rate / direct.rate for edge, direct in zip(found[name], found[f"{name}, direct"], strict=True)]
