@@ -5,6 +5,7 @@ import resource
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
@@ -122,6 +123,19 @@ async def _running(services: Services) -> AsyncIterator[None]:
         log.info("stopped")
 
 
+HTTP: dict[str, Any] = {
+    "loop": "uvloop",
+    "http": PatientProtocol,
+    "ws": "none",
+    "lifespan": "on",
+    "log_config": None,
+    "access_log": False,
+    "server_header": False,
+    "proxy_headers": False,  # server/api/proxies.py decides whom to believe; uvicorn would believe everybody on this machine
+}
+"""How uvicorn is to speak HTTP, wherever it serves the application."""
+
+
 def _raise_file_limit() -> None:
     """An upload to disk takes two files, and the soft limit is 1,024 by custom (for select(2), which nothing here uses): 500 uploads."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -152,14 +166,7 @@ def serve(settings: Settings) -> None:
             port=settings.port,
             fd=listener,  # then host and port are only what the settings say, and systemd listens
             workers=settings.processes,
-            loop="uvloop",
-            http=PatientProtocol,
-            ws="none",
-            lifespan="on",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,  # server/api/proxies.py decides whom to believe; uvicorn would believe everybody on this machine
+            **HTTP,
             timeout_keep_alive=_KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=settings.stop_grace_seconds,
             timeout_worker_healthcheck=_SILENCE_SECONDS,

@@ -11,8 +11,7 @@ import pytest
 import uvicorn
 
 from server.api import accounting, express
-from server.api.pace import PatientProtocol
-from server.app import assemble
+from server.app import HTTP, assemble
 from server.settings import Settings
 from tests.serving import DEFAULTS, RunningServer
 from tests.waiting import until
@@ -58,19 +57,7 @@ def serving_here(settings: Settings, **server_settings: Any) -> Iterator[Here]:
             seen.append(scope.get("extensions"))
         await front(scope, receive, send)
 
-    config = uvicorn.Config(
-        watched,
-        port=0,
-        loop="uvloop",
-        http=PatientProtocol,
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        proxy_headers=False,
-        **server_settings,
-    )
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(uvicorn.Config(watched, port=0, **HTTP, **server_settings))
     running = threading.Thread(target=server.run)
     running.start()
     try:
