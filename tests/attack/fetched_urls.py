@@ -19,12 +19,13 @@ from server.generation.messages import is_fetchable
 from tests.attack.target import Tally, Target
 from tests.fetching.peer import Asked, Peer, Say, always, head, in_thread
 from tests.generation.speaking import NEW_SECRET, status, tell
-from tests.serving import RunningServer, execute
+from tests.serving import RunningServer
 from tests.waiting import until
 from tests.working import working
 
 OUTSIDE = "127.0.0.2"
 INTERNAL = ("127.0.0.1", "127.0.0.3", "::1")
+FETCHER = "fetcher"  # a user of this attack alone: for others' uploads, bytes are reserved, and given back at any time
 NETWORKS = {"COFFER_FETCH_PRIVATE_NETWORKS": f"{OUTSIDE}/32"}
 MOST_BYTES_SENT = 32 * 2**20  # of an endless body, whose file may have 6 MiB: what a socket's buffers hold comes on top
 _ADDRESSES = ("127.0.0.1", "10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "198.18.0.1", "0.0.0.0", "224.0.0.1")
@@ -144,7 +145,6 @@ def _from_outside(target: Target, tally: Tally, port: int) -> tuple[int, int]:
         "file:///etc/passwd",
     ]
     locations = target.some(locations, 12)
-    before = _reserved(target)
     sent = 0
 
     async def outside(asked: Asked, say: Say) -> None:
@@ -164,14 +164,18 @@ def _from_outside(target: Target, tally: Tally, port: int) -> tuple[int, int]:
         elif kind == "bomb":
             await say(head(200, content_length=100, content_encoding="gzip", content_type="image/png") + bytes(100))
 
-    with target.another_server(**NETWORKS) as server, server.client("ada", timeout=30) as ada, in_thread(Peer(outside, OUTSIDE)) as peer:
+    with (
+        target.another_server(**NETWORKS) as server,
+        server.client(FETCHER, timeout=30) as fetcher,
+        in_thread(Peer(outside, OUTSIDE)) as peer,
+    ):
         with working(server, target.scratch / "outside-worker.log", **NETWORKS):
             for number, location in enumerate(locations):
-                asset = _imported(ada, f"{peer.url}/redirect/{number}")
+                asset = _imported(fetcher, f"{peer.url}/redirect/{number}")
                 told = asset["reason"], asset["import_reason"]
                 tally.check(told == ("refused", "url_refused"), f"a redirect to {location}: {told}")
             for path, reason in (("loop/0", "redirects"), ("endless", "too_large"), ("huge", "too_large"), ("bomb", "encoded")):
-                asset = _imported(ada, f"{peer.url}/{path}")
+                asset = _imported(fetcher, f"{peer.url}/{path}")
                 tally.check(asset["import_reason"] == reason, f"{path}: {asset['import_reason']}")
             inward = [f"http://{host}/" for host in encoded("127.0.0.1", port) if is_fetchable(f"http://{host}/")]
             inward += [f"https://localhost:{port}/", *(f"{peer.url}/redirect/{number}" for number in range(len(locations)))]
@@ -180,25 +184,21 @@ def _from_outside(target: Target, tally: Tally, port: int) -> tuple[int, int]:
         loops = sum(asked.path.startswith("/loop") for asked in peer.asked)
         tally.check(loops == 12, f"{loops} requests for a redirect without end, looked at once and imported once")
     tally.check(sent < MOST_BYTES_SENT, f"{sent:,} bytes of an endless body were taken")
-    left = _reserved(target) - before
+    with target.user(FETCHER) as fetcher:
+        left = fetcher.get("/api/storage/usage").json()["reserved_bytes"]
     tally.check(left == 0, f"{left} bytes stay reserved")
     return len(locations), sent
 
 
-def _reserved(target: Target) -> int:
-    found: int = execute(target.server.database_url, "select reserved_bytes from user_storage where user_id = 'ada'")[0]["reserved_bytes"]
-    return found
-
-
 def _outputs(server: RunningServer, tally: Tally, urls: list[str], reason: str) -> None:
     """A pipeline says that a job's outputs lie there; each must fail for that reason."""
-    with server.client("ada") as ada, httpx.Client(base_url=server.url) as pipeline:
-        job = ada.post("/api/generate", json={"outputs": [{"max_bytes": 1_000}] * len(urls)}).json()
+    with server.client(FETCHER) as fetcher, httpx.Client(base_url=server.url) as pipeline:
+        job = fetcher.post("/api/generate", json={"outputs": [{"max_bytes": 1_000}] * len(urls)}).json()
         outputs = [{"index": index, "url": url} for index, url in enumerate(urls)]
         answer = tell(pipeline, job, "job.completed", outputs=outputs)
         tally.check(answer.status_code == 200, f"a message of {len(urls)} URLs: {answer.text[:200]}")
-        until(lambda: status(ada, job["job_id"])["finished_at"], timeout_seconds=120)
-        for url, output in zip(urls, status(ada, job["job_id"])["outputs"], strict=True):
+        until(lambda: status(fetcher, job["job_id"])["finished_at"], timeout_seconds=120)
+        for url, output in zip(urls, status(fetcher, job["job_id"])["outputs"], strict=True):
             told = output["state"], output["reason"]
             tally.check(told == ("failed", reason), f"an output at {url}: {told}")
 
