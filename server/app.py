@@ -2,12 +2,14 @@
 
 import logging
 import resource
+import socket
 from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import uvicorn
+from uvicorn.supervisors import Multiprocess
 
 from server import logs, metrics, rates, supervision
 from server.api import application
@@ -34,6 +36,7 @@ from server.vault import Vault
 
 # Above the 60 s for which nginx keeps an idle connection to us, so that it is never we who hang up on a request just sent.
 _KEEP_ALIVE_SECONDS = 75
+_BACKLOG = 4_096  # of connections, as in systemd/coffer-api.socket, whose word uvicorn would halve; the kernel's own limit may be lower
 # For how long one of several processes may say nothing before another one is started in its place. On a machine that is very busy a process
 # takes more than uvicorn's own 5 s to come as far as that: each was killed before, and the next one, and none ever served.
 _SILENCE_SECONDS = 30
@@ -159,15 +162,32 @@ def serve(settings: Settings) -> None:
         if settings.processes > 1:
             sharing.enter_context(metrics.shared_by_processes())
             sharing.enter_context(rates.shared_by_processes())
-        uvicorn.run(
+        config = uvicorn.Config(
             "server.app:create_app",
             factory=True,
             host=settings.host,
             port=settings.port,
-            fd=listener,  # then host and port are only what the settings say, and systemd listens
+            backlog=_BACKLOG,
             workers=settings.processes,
             **HTTP,
             timeout_keep_alive=_KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=settings.stop_grace_seconds,
             timeout_worker_healthcheck=_SILENCE_SECONDS,
         )
+        _run(config, listener)
+
+
+def _run(config: uvicorn.Config, listener: socket.socket | None) -> None:
+    """As `uvicorn.run`, but with a listener as what it is.
+
+    uvicorn takes a descriptor (`fd`) for a Unix socket's, and then its connections, too: over TCP each would lack TCP_NODELAY, and
+    the second packet of most answers wait for the client to acknowledge the first, for which a kernel takes 40 ms.
+    """
+    server = uvicorn.Server(config)
+    with suppress(KeyboardInterrupt):
+        if config.workers > 1:
+            Multiprocess(config, sockets=[listener or config.bind_socket()]).run()
+        else:
+            server.run(sockets=[listener] if listener else None)
+            if not server.started:
+                raise SystemExit(1)

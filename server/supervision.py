@@ -17,8 +17,8 @@ _FIRST_DESCRIPTOR = 3  # SD_LISTEN_FDS_START
 log = logging.getLogger("coffer")
 
 
-def inherited_listener() -> int | None:
-    """The descriptor of the socket that systemd listens on for this process, if it does; ValueError when there are several.
+def inherited_listener() -> socket.socket | None:
+    """The socket that systemd listens on for this process, if it does; ValueError when there are several.
 
     It outlives this process: who connects while none accepts waits instead of being refused.
     """
@@ -26,7 +26,7 @@ def inherited_listener() -> int | None:
         return None
     if (count := os.environ.get("LISTEN_FDS")) != "1":
         raise ValueError(f"systemd hands over {count} sockets, and one is wanted: say one ListenStream= in coffer-api.socket")
-    return _FIRST_DESCRIPTOR
+    return socket.socket(fileno=_FIRST_DESCRIPTOR)
 
 
 @asynccontextmanager

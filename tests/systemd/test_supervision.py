@@ -1,6 +1,7 @@
 """What systemd hands to the server and the worker and hears from them; a manager of the test's own stands in for it."""
 
 import asyncio
+import ctypes
 import os
 import signal
 import socket
@@ -8,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,44 @@ def test_several_processes_share_the_socket(manager: Manager) -> None:
     assert httpx.get(f"{manager.url}/health/ready", timeout=10).status_code == 200
     process.terminate()
     assert process.wait(60) in _ENDED
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_short_packets_do_not_wait_for_the_client(manager: Manager, processes: int) -> None:
+    """As on a socket of the server's own: where it thinks the listener a Unix socket, nothing asks for TCP_NODELAY."""
+    process = manager.start("serve", COFFER_PROCESSES=str(processes))
+    for _ in range(processes):
+        assert manager.hear() == "READY=1"
+    with socket.create_connection(manager.listener.getsockname()) as client:
+        client.sendall(b"GET /health/live HTTP/1.1\r\nHost: coffer.test\r\n\r\n")
+        assert client.recv(4096).startswith(b"HTTP/1.1 200")
+        with _other_end(client, process.pid) as accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def _other_end(client: socket.socket, pid: int) -> socket.socket:
+    """The server's end of a connection, taken from the process that has it: this one or a child (pidfd_getfd(2))."""
+    for server in (pid, *(int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split())):
+        handle = os.pidfd_open(server)
+        try:
+            for descriptor in Path(f"/proc/{server}/fd").iterdir():
+                with suppress(OSError):  # closed meanwhile, or not connected
+                    if not str(descriptor.readlink()).startswith("socket:"):
+                        continue
+                    with socket.socket(fileno=_pidfd_getfd(handle, int(descriptor.name))) as taken:
+                        if taken.getpeername() == client.getsockname():
+                            return taken.dup()
+        finally:
+            os.close(handle)
+    raise AssertionError("nobody of whom this may be asked has the connection")
+
+
+def _pidfd_getfd(handle: int, descriptor: int) -> int:
+    libc = ctypes.CDLL(None, use_errno=True)
+    taken: int = libc.syscall(438, handle, descriptor, 0)  # glibc has a name for it from 2.36 on only
+    if taken < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return taken
 
 
 def test_who_comes_while_no_server_runs_waits_for_the_next_one(manager: Manager) -> None:
