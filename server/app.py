@@ -33,6 +33,7 @@ from server.settings import SettingError, Settings, variable
 from server.tus.door import TusDoor
 from server.tus.protocol import PREFIX
 from server.vault import Vault
+from server.vault.cached import can_open_cached
 
 # Above the 60 s for which nginx keeps an idle connection to us, so that it is never we who hang up on a request just sent.
 _KEEP_ALIVE_SECONDS = 75
@@ -112,6 +113,8 @@ async def _running(services: Services) -> AsyncIterator[None]:
         await services.authenticator.start()
         if services.scanner is not None:
             await services.scanner.warn_if_away()
+        if not can_open_cached():
+            log.warning("openat2(2) is refused, by an old kernel or systemd's RestrictSUIDSGID=: threads open files, which takes longer")
         log.info("started")
         async with supervision.supervised():
             yield

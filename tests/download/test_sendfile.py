@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from server.api import sendfile
 from server.api.sendfile import EXTENSION, TURN_BYTES
-from server.vault import volume
+from server.vault import cached, volume
 from tests.download.here import reply, request, serving_here, settings_of
 from tests.samples import image
 from tests.serving import RunningServer, SharedServer
@@ -290,12 +290,19 @@ def test_a_file_that_is_not_in_memory_is_read_in_a_thread_first(stored: Shared, 
     assert reader is not loop_thread and what == (0, len(SMALL))
 
 
-def test_where_nothing_can_be_opened_at_once_a_thread_opens_it(stored: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_nothing_can_be_opened_at_once_a_thread_opens_it(
+    stored: Shared, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And a sysadmin is told of it."""
+    with serving_here(settings_of(stored.server)):
+        assert "openat2" not in caplog.text
+    monkeypatch.setattr(cached, "open_cached", lambda *_: None)
     monkeypatch.setattr(volume, "open_cached", lambda *_: None)
     with (
         serving_here(settings_of(stored.server)) as here,
         httpx.Client(base_url=f"http://127.0.0.1:{here.port}", headers=stored.server.client("ada").headers) as client,
     ):
+        assert "openat2" in caplog.text
         assert client.get(stored.owner["small"]).content == SMALL
         assert client.get(stored.links["small"]).content == SMALL
 

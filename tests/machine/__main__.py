@@ -128,6 +128,8 @@ def confinement() -> str:
     for unit, most in MOST_EXPOSED.items():
         lines = command("systemd-analyze", "security", "--no-pager", f"--threshold={most}", unit)
         told.append(f"{unit} {re.findall(r': ([0-9.]+) ', lines)[-1]}")
+    log = command("journalctl", f"_SYSTEMD_INVOCATION_ID={show('coffer-api.service', 'InvocationID')}", "--output", "cat")
+    assert "openat2" not in log, log
     return ", ".join(told)
 
 
@@ -240,7 +242,7 @@ def hung() -> str:
 
 def pace() -> str:
     """How long a list takes on a kept connection, the median of 100: `make bench` measures servers that systemd did not start."""
-    told = []
+    told: list[str] = []
     for server in (remembered()[0], through_nginx()):
         if server is not None:
             connection, seconds = server.connect(), []
