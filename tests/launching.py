@@ -39,10 +39,10 @@ class Launched(Protocol):
 
 
 class Executed:
-    """A command as a service manager would start it."""
+    """A command as a service manager would start it, `within` a command that becomes it."""
 
-    def __init__(self, arguments: Sequence[str], environment: dict[str, str], log: Path) -> None:
-        command = ["setpriv", "--pdeathsig", "KILL", sys.executable, "-m", "server.cli", *arguments]
+    def __init__(self, arguments: Sequence[str], environment: dict[str, str], log: Path, *, within: Sequence[str] = ()) -> None:
+        command = ["setpriv", "--pdeathsig", "KILL", *within, sys.executable, "-m", "server.cli", *arguments]
         with log.open("ab") as said:
             self._process = subprocess.Popen(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True

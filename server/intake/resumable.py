@@ -15,7 +15,7 @@ from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import msgspec
 from uuid_utils.compat import uuid7
@@ -744,5 +744,11 @@ def _decoded(details: str) -> Details:
 
 @cache
 def _boot_id() -> str:
-    """Names this boot of this machine (random(4)): what was written since is in the file, synced or not."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    """Names this boot of this machine (random(4)): what was written since is in the file, synced or not.
+
+    Where nobody may know it, it names this process instead, and no more is believed to be in the file than was recorded.
+    """
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return str(uuid4())

@@ -3,15 +3,18 @@
 import asyncio
 import hashlib
 import os
+import socket
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
 import asyncpg
+import httpx
 import pytest
 
 from ops.embedded_postgres import EmbeddedPostgres
@@ -19,11 +22,13 @@ from server.errors import NotFound, OffsetMismatch, UploadExpired, VolumeFull
 from server.intake import Details
 from server.ledger import add_volume
 from server.vault.sentinel import init_volume
+from tests.launching import Executed
 from tests.quota.rows import drift
 from tests.samples import image
-from tests.serving import ServerFactory, execute
+from tests.serving import RunningServer, ServerFactory, execute, new_server
 from tests.tus.crashes import Service, Tell, Work, run_until, serving
 from tests.tus.persistent import PersistentUpload
+from tests.tus.speaking import PIECE, create, offset, patch
 from tests.waiting import until
 
 BODY = image(1_600_000)
@@ -133,7 +138,12 @@ def each_crash(
 
 def _cut_power(database_url: str, mount: Path) -> None:
     """What was not synced is not what was written."""
-    for row in execute(database_url, "update resumable_uploads set boot_id = 'an earlier one' returning incoming_name, offset_bytes"):
+    execute(database_url, "update resumable_uploads set boot_id = 'an earlier one'")
+    _lose_what_was_not_recorded(database_url, mount)
+
+
+def _lose_what_was_not_recorded(database_url: str, mount: Path) -> None:
+    for row in execute(database_url, "select incoming_name, offset_bytes from resumable_uploads"):
         path = mount / "incoming" / str(row["incoming_name"])
         if path.exists() and path.stat().st_size > row["offset_bytes"]:
             lost = path.stat().st_size - row["offset_bytes"]
@@ -347,3 +357,42 @@ def test_a_database_that_restarts_costs_an_upload_nothing(start_server: ServerFa
     finally:
         server.stop()
         postgres.stop()
+
+
+def test_where_nobody_may_know_the_boot_an_upload_goes_on_from_what_was_recorded(database_url: str, tmp_path: Path) -> None:
+    """As in a unit of systemd with ProcSubset=pid. The server is killed in the middle, and the power cut."""
+    seeing_processes_alone = ("unshare", "--mount", "sh", "-c", 'mount -t proc -o subset=pid proc /proc && exec "$@"', "sh")
+    server = new_server(database_url, tmp_path, None, {})
+    server.launch = partial(Executed, within=seeing_processes_alone)
+    server.start()
+    try:
+        with server.client("ada") as client:
+            path = create(client, len(BODY))
+            assert patch(client, path, 0, BODY[:HALF]).status_code == 204
+            # A request under way when the server is killed: its bytes are in the file, and not recorded.
+            with closing(socket.create_connection((server.host, server.port))) as unfinished:
+                unfinished.sendall(_head_of_patch(server, path, HALF, len(BODY) - HALF) + BODY[HALF : HALF + 300_000])
+                (file,) = (server.volume / "incoming").iterdir()
+                until(lambda: file.stat().st_size > HALF)
+                server.kill()
+        _lose_what_was_not_recorded(database_url, server.volume)
+        server.start()
+        with server.client("ada") as client:
+            assert until(lambda: _once_free(client, path)).status_code == 204
+        assert server.stored_files() == {hashlib.sha256(BODY).hexdigest()}
+    finally:
+        server.kill()
+
+
+def _head_of_patch(server: RunningServer, path: str, at: int, length: int) -> bytes:
+    headers = PIECE | {"Host": "x", "Authorization": f"Bearer {server.api_key}", "X-User-Id": "ada"}
+    lines = [f"PATCH {path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+    return "\r\n".join([*lines, f"Upload-Offset: {at}", f"Content-Length: {length}", "", ""]).encode()
+
+
+def _once_free(client: httpx.Client, path: str) -> httpx.Response | None:
+    """The answer to the rest, unless the lease of the server that was killed still keeps everybody off."""
+    begun_at = offset(client, path)
+    assert begun_at == HALF
+    answer = patch(client, path, begun_at, BODY[begun_at:])
+    return None if answer.status_code == 423 else answer
