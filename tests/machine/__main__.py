@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.machine.doors import Doors
 from tests.machine.load import KEPT, Failed, Load, Server, picture
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -116,11 +117,41 @@ def use() -> str:
     waited = json.loads(server.get(f"/api/files/{stored['id']}?wait=preview&links=1"))
     assert waited["width"] == 800, waited
     # The jail, whole, within the confinement of the unit.
-    log = command("journalctl", f"_SYSTEMD_INVOCATION_ID={show('coffer-worker.service', 'InvocationID')}", "--output", "cat")
-    lacking = sorted(set(re.findall(r'"missing":"([a-z ]+)"', log)))  # a container may refuse some of it; a machine does not
+    lacking = sorted(
+        set(re.findall(r'"missing":"([a-z ]+)"', log_of("coffer-worker.service")))
+    )  # a container may refuse some of it; a machine does not
     STATE.touch(mode=0o600)
     STATE.write_text(json.dumps({"key": key, "file": stored["id"], "boot": boot_id()}))
     return f"a picture stored, shown, and its preview made in a jail{f' without {lacking}' if lacking else ''}"
+
+
+def doors() -> str:
+    """All of them work within the unit, also for several processes, and none leaves an error in the log."""
+    for processes in (1, 2):
+        setting = Path("/run/systemd/system/coffer-api.service.d/processes.conf")
+        setting.parent.mkdir(parents=True, exist_ok=True)
+        setting.write_text(f"[Service]\nEnvironment=COFFER_PROCESSES={processes}\n")
+        try:
+            command("systemctl", "daemon-reload")
+            command("systemctl", "restart", "coffer-api.service")
+            tried = Doors(Server("127.0.0.1", 3001, new_key("jobs:write")))
+            tried.resumable()
+            tried.links()
+            tried.previews()
+            tried.job()
+            tried.metrics(of_one_process=processes == 1)
+            errors = [line for each in SERVICES for line in log_of(each).splitlines() if '"level":"error"' in line]
+            assert not errors, errors
+        finally:
+            shutil.rmtree(setting.parent)
+    command("systemctl", "daemon-reload")
+    command("systemctl", "restart", "coffer-api.service")
+    return "resumable uploads, links, previews of a picture and a film, a sheet, a job, metrics; by one process and by two"
+
+
+def log_of(unit: str) -> str:
+    """What the service has written since it was started."""
+    return command("journalctl", f"_SYSTEMD_INVOCATION_ID={show(unit, 'InvocationID')}", "--output", "cat")
 
 
 def confinement() -> str:
@@ -128,8 +159,7 @@ def confinement() -> str:
     for unit, most in MOST_EXPOSED.items():
         lines = command("systemd-analyze", "security", "--no-pager", f"--threshold={most}", unit)
         told.append(f"{unit} {re.findall(r': ([0-9.]+) ', lines)[-1]}")
-    log = command("journalctl", f"_SYSTEMD_INVOCATION_ID={show('coffer-api.service', 'InvocationID')}", "--output", "cat")
-    assert "openat2" not in log, log
+    assert "openat2" not in log_of("coffer-api.service")
     return ", ".join(told)
 
 
@@ -355,6 +385,7 @@ FIRST: list[Callable[[], str]] = [
     back,
     bad_upgrade,
     change,
+    doors,
     confinement,
     timers,
     backups,
@@ -387,8 +418,8 @@ def main() -> int:
     return 0
 
 
-def new_key() -> str:
-    scopes = ("--scope", "files:read", "--scope", "files:write", "--scope", "links:write")
+def new_key(*more_scopes: str) -> str:
+    scopes = [word for scope in ("files:read", "files:write", "links:write", *more_scopes) for word in ("--scope", scope)]
     return str(json.loads(command("coffer", "key", "create", "try", *scopes, "--json"))["key"])
 
 
