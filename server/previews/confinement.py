@@ -4,13 +4,15 @@
 without the others, and of which a system may refuse some (`confine` says which):
 
 - limits: memory, CPU time, file size, open files (setrlimit(2)), always to be had;
-- system calls: a seccomp filter that knows no sockets, no new processes, no signals, no tracing, no mounts (seccomp(2));
+- system calls: a seccomp filter that knows no sockets, no new processes, no signals, no tracing, no mounts, no code that was written
+  (seccomp(2));
 - files: Landlock rules, so that nothing can be opened but what is named (landlock(7), Linux 5.13);
 - namespaces: a user, network and IPC namespace of its own (unshare(2); containers and some distributions refuse it).
 """
 
 import contextlib
 import ctypes
+import mmap
 import os
 import resource
 import struct
@@ -187,14 +189,19 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
 # fmt: on
 _EXECUTING: tuple[tuple[int, int], ...] = ((59, 221), (322, 281))  # execve, execveat
 _CLONE, _CLONE3 = (56, 220), 435
+_MMAP, _MPROTECT, _PKEY_MPROTECT = (9, 222), (10, 226), (329, 288)
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # AUDIT_ARCH_* of linux/audit.h
-_LOAD, _EQUAL, _AT_LEAST, _BITS_SET, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_LOAD, _AND, _EQUAL, _AT_LEAST, _BITS_SET, _RETURN = 0x20, 0x54, 0x15, 0x35, 0x45, 0x06
+_PROTECTION = 32  # where the filter finds the third argument
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 _EPERM, _ENOSYS, _CLONE_THREAD, _X32 = 1, 38, 0x00010000, 0x40000000
 
 
-def filter_program(*, may_execute: bool, machine: str | None = None) -> bytes | None:
-    """The seccomp filter in the form of linux/filter.h, or None where its numbers are unknown (only x86_64 and aarch64 are)."""
+def filter_program(*, may_execute: bool, may_write_code: bool = False, machine: str | None = None) -> bytes | None:
+    """The seccomp filter in the form of linux/filter.h, or None where its numbers are unknown (only x86_64 and aarch64 are).
+
+    Unless it `may_write_code`, memory that was written cannot be executed, as with systemd's MemoryDenyWriteExecute=.
+    """
     try:
         column, architecture = _MACHINES[machine or os.uname().machine]
     except KeyError:
@@ -207,6 +214,13 @@ def filter_program(*, may_execute: bool, machine: str | None = None) -> bytes | 
     # Of limits, one's own only: the server's processes belong to the same user.
     program += [(_EQUAL, 0, 3, _REFUSED["prlimit64"][column] or 0), (_LOAD, 0, 0, 16), (_EQUAL, 0, 1, 0), (_RETURN, 0, 0, _ALLOW)]
     program += [(_LOAD, 0, 0, 0)]
+    if not may_write_code:
+        writable_code = mmap.PROT_WRITE | mmap.PROT_EXEC
+        program += [(_EQUAL, 0, 5, _MMAP[column]), (_LOAD, 0, 0, _PROTECTION), (_AND, 0, 0, writable_code)]
+        program += [(_EQUAL, 0, 1, writable_code), (_RETURN, 0, 0, _ERRNO | _EPERM), (_RETURN, 0, 0, _ALLOW)]
+        for protects in (_MPROTECT[column], _PKEY_MPROTECT[column]):
+            program += [(_EQUAL, 0, 4, protects), (_LOAD, 0, 0, _PROTECTION), (_BITS_SET, 0, 1, mmap.PROT_EXEC)]
+            program += [(_RETURN, 0, 0, _ERRNO | _EPERM), (_RETURN, 0, 0, _ALLOW)]
     for number in refused:
         if number is not None:
             program += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ERRNO | _EPERM)]

@@ -107,10 +107,11 @@ def main() -> None:
     serve(render)
 
 
-def serve(render: Render) -> None:
+def serve(render: Render, *, may_write_code: bool = False) -> None:
     """Serves jobs by `render` from the socket that `argv[1]` names until it is closed. Says first what the sandbox could not have.
 
-    A stop of the service is for the worker to hear: an image in hand is finished.
+    `may_write_code` is for libraries that call Python back, for which ctypes writes code. A stop of the service is for the worker to hear:
+    an image in hand is finished.
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -118,7 +119,7 @@ def serve(render: Render) -> None:
     yield_processor(NICE)
     end_with_parent()
     missing = confine()
-    program = filter_program(may_execute=False)
+    program = filter_program(may_execute=False, may_write_code=may_write_code)
     control.sendall(msgspec.msgpack.encode(missing if program else [*missing, "system calls"]))
     has_namespaces = "namespaces" not in missing
     while True:

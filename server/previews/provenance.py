@@ -59,4 +59,4 @@ def _manifests(mime_type: str, file: Any) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":
-    serve(read)
+    serve(read, may_write_code=True)

@@ -8,6 +8,7 @@ import ctypes
 import encodings.idna  # noqa: F401 - which could not be loaded any more
 import errno
 import fcntl
+import mmap
 import os
 import resource
 import signal
@@ -154,6 +155,20 @@ def trace_worker(_: str) -> object:
 @attempt
 def limit_worker(_: str) -> object:
     return resource.prlimit(WORKER, resource.RLIMIT_CORE)
+
+
+@attempt
+def write_code(_: str) -> None:
+    mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC).close()
+
+
+@attempt
+def execute_what_was_written(_: str) -> None:
+    with mmap.mmap(-1, 4096) as memory:
+        written = ctypes.c_char.from_buffer(memory)
+        address = ctypes.addressof(written)
+        del written
+        _called(_libc.mprotect(ctypes.c_void_p(address), 4096, mmap.PROT_READ | mmap.PROT_EXEC))
 
 
 @attempt
