@@ -361,7 +361,9 @@ def test_a_database_that_restarts_costs_an_upload_nothing(start_server: ServerFa
 
 def test_where_nobody_may_know_the_boot_an_upload_goes_on_from_what_was_recorded(database_url: str, tmp_path: Path) -> None:
     """As in a unit of systemd with ProcSubset=pid. The server is killed in the middle, and the power cut."""
-    seeing_processes_alone = ("unshare", "--mount", "sh", "-c", 'mount -t proc -o subset=pid proc /proc && exec "$@"', "sh")
+    # Of a chroot, as of any directory, nothing but the mount itself can be made private.
+    mount = 'mount --make-private /proc && mount -t proc -o subset=pid proc /proc && exec "$@"'
+    seeing_processes_alone = ("unshare", "--mount", "--propagation", "unchanged", "sh", "-c", mount, "sh")
     server = new_server(database_url, tmp_path, None, {})
     server.launch = partial(Executed, within=seeing_processes_alone)
     server.start()
