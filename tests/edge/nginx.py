@@ -95,6 +95,17 @@ class Nginx:
         """The master's."""
         return int((self.directory / "pid").read_text())
 
+    def accepting(self) -> set[int]:
+        """Its workers that take new connections; none while it does not run."""
+        if self._process is None:
+            return set()
+        workers = set()
+        for worker in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split():
+            with suppress(OSError):  # ended meanwhile
+                if b"shutting down" not in Path(f"/proc/{worker}/cmdline").read_bytes():
+                    workers.add(int(worker))
+        return workers
+
     def holds(self, path: Path) -> bool:
         """Whether a worker has the file open, be its name gone or not."""
         workers = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
@@ -119,7 +130,12 @@ class Edge:
         nginx = self.nginx
         options = ["--directory", str(nginx.directory), "--log-directory", str(nginx.directory), "--nginx", str(nginx.command)]
         options += ["--listen", f"127.0.0.1:{nginx.port}", "--metrics-listen", f"127.0.0.1:{nginx.metrics_port}"]
-        return self.run("edge", arguments[0], *options, *arguments[1:])
+        old = nginx.accepting()
+        done = self.run("edge", arguments[0], *options, *arguments[1:])
+        if done.returncode == 0 and {"install", "--for-real"} <= set(arguments):
+            # It has told nginx to reload. Until they hear of it, the old workers take connections, too.
+            until(lambda: not old & nginx.accepting())
+        return done
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Runs `coffer ...` with the server's settings."""
