@@ -9,17 +9,11 @@ T = TypeVar("T")
 
 
 def until(predicate: Callable[[], T], timeout_seconds: float = 60) -> T:
-    """The first true value of `predicate`, asked again and again; AssertionError after `timeout_seconds`.
-
-    A look that takes long, such as one at the database by a new connection, is taken less often: the processor is for what is waited for.
-    """
-    looked_at = time.monotonic()
-    deadline = looked_at + timeout_seconds
+    """The first true value of `predicate`, asked again and again; AssertionError after `timeout_seconds`."""
+    deadline = time.monotonic() + timeout_seconds
     while not (value := predicate()):
-        now = time.monotonic()
-        assert now < deadline, f"not within {timeout_seconds} s: {predicate}"
-        time.sleep(min(max(0.02, 3 * (now - looked_at)), 0.2))
-        looked_at = time.monotonic()
+        assert time.monotonic() < deadline, f"not within {timeout_seconds} s: {predicate}"
+        time.sleep(0.02)
     return value
 
 
