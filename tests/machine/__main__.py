@@ -126,7 +126,7 @@ def use() -> str:
 
 
 def doors() -> str:
-    """All of them work within the unit, also for several processes, and none leaves an error in the log."""
+    """They work within the unit, also for several processes, and leave no error in the logs."""
     for processes in (1, 2):
         setting = Path("/run/systemd/system/coffer-api.service.d/processes.conf")
         setting.parent.mkdir(parents=True, exist_ok=True)

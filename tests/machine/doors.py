@@ -1,4 +1,5 @@
-"""Each way into the server and out of it once, within the confinement of its unit, which may take from one what no other needs.
+"""Ways into the server and out of it, within the confinement of its unit, which may take from one what no other needs. Not among them:
+events as they happen, archives of a user, and what the worker sends to others or fetches from them.
 
 Python's standard library alone, as in tests/machine/load.py.
 """
@@ -22,7 +23,7 @@ _TUS = {"Tus-Resumable": "1.0.0"}
 
 
 class Doors:
-    """One user, who comes and goes by all of them. Each method raises `Failed` or AssertionError."""
+    """One user, who comes and goes by them. Each method raises `Failed` or AssertionError."""
 
     def __init__(self, server: Server) -> None:
         """The key needs `files:read`, `files:write`, `links:write` and `jobs:write`."""

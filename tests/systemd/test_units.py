@@ -79,6 +79,22 @@ def test_without_the_common_part_nothing_is_confined(units: Path) -> None:
     assert exposure(units, "coffer-api") > 5
 
 
+@pytest.mark.parametrize(
+    ("name", "does_without"),
+    [
+        ("coffer-api", {"RestrictSUIDSGID": "no", "ProcSubset": "all"}),  # openat2(2), /proc/sys
+        ("coffer-worker", {"MemoryDenyWriteExecute": "no"}),  # callbacks of libc2pa
+    ],
+)
+def test_what_would_break_a_service_is_left_out(name: str, does_without: dict[str, str]) -> None:
+    """Only a booted machine shows what each of these breaks (`make try-install`), so that nobody puts one back unawares."""
+    parts = [UNITS / f"{name}.service", *(UNITS / "coffer-.service.d").iterdir(), *(UNITS / f"{name}.service.d").iterdir()]
+    effective: dict[str, str] = {}
+    for part in sorted(parts, key=lambda path: (path.suffix != ".service", path.name)):
+        effective |= dict(parsed(part)["Service"])
+    assert effective | does_without == effective
+
+
 def parsed(path: Path) -> configparser.ConfigParser:
     parser = configparser.ConfigParser(strict=False, interpolation=None, delimiters=("=",), comment_prefixes=("#",))
     parser.optionxform = str  # type: ignore[assignment, method-assign]
